@@ -1,0 +1,194 @@
+// Causal attention of this step's queries over the paged cache. For token t of sequence b, at position
+// p = cache_lengths[b] + t - row_offsets[b], and query head h on key head h / group, group = n_heads / n_kv_heads:
+//
+//   s[j] = scale * q[t, h] . key[j]    for the keys j = 0 .. p (causal), or all of the sequence's keys
+//   out[t, h] = sum_j exp(s[j]) value[j] / sum_j exp(s[j])        lse[t, h] = log sum_j exp(s[j])
+//
+// A row that sees no key gives 0 and -inf. Slots past a sequence's end are never read; nor are keys without a
+// valid page, which are reported and masked.
+//
+// A block owns kBlockM rows, (token, head in group) pairs of one sequence and one key head, 16 to a warp, so
+// that keys read once serve the whole group. It walks over its keys kBlockN at a time: scores and
+// probabilities stay in registers, float32; two 16-bit terms carry a probability into P V (mma.cuh), so that
+// the one rounding is the store. Prefill is bound by the products, decode by reading the cache.
+#include <common/mma.cuh>
+#include <common/paged_kv.cuh>
+#include <common/ragged.cuh>
+#include <common/reduce.cuh>
+#include <common/shared.cuh>
+#include <common/softmax.cuh>
+
+namespace lorakit {
+
+// Grid (total_tokens * group / kBlockM + batch_size + 1, n_kv_heads).
+template <typename T, int kHeadDim, int kWarps, int kBlockN>
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    attention_ragged_kernel(const T* __restrict__ q,  // [total_tokens, n_heads, head_dim], rows q_stride apart
+                            T* __restrict__ out,      // [total_tokens, n_heads, head_dim]
+                            float* __restrict__ lse,  // [total_tokens, n_heads] or null
+                            const int* __restrict__ row_offsets,  // [batch_size + 1]
+                            const T* __restrict__ blocks,  // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+                            const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
+                            const unsigned* __restrict__ cache_lengths,  // [batch_size]
+                            unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride,
+                            float scale, bool causal, int num_pages, int max_pages, int num_layers, int layer_idx,
+                            int page_size, int n_kv_heads, int head_dim) {
+  constexpr int kBlockM = kWarps * 16, kThreads = kWarps * kWarpSize;
+  constexpr float kLog2E = 1.44269504088896340736f;
+  using QTile = SharedTile<T, kHeadDim>;
+  const PagedKV<const T> cache{blocks,    lookup_table, cache_lengths, num_pages,  max_pages,
+                               num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+
+  // Which rows: of sequence tile.segment, (token, head in group) pairs first_row .. first_row + kBlockM.
+  check_offsets(row_offsets, batch_size, total_tokens, errors);
+  const int group = n_heads / n_kv_heads, kv_head = blockIdx.y;
+  const Tile tile = tile_of<kBlockM>(blockIdx.x, row_offsets, batch_size, total_tokens, group);
+  const long long num_rows = static_cast<long long>(tile.end - tile.begin) * group;
+  const long long first_row = tile.row;
+  if (first_row >= num_rows) return;
+  const auto token_of = [&](int m) { return static_cast<int>((first_row + m) / group); };  // in its sequence
+  const auto head_of = [&](int m) { return kv_head * group + static_cast<int>((first_row + m) % group); };
+
+  // Which keys: rows past the last offset are in no sequence and see none.
+  long long cached = 0, num_keys = 0;
+  if (tile.segment < batch_size) {
+    cached = cache_lengths[tile.segment];
+    num_keys = cached + tile.end - tile.begin;
+    const long long capacity = static_cast<long long>(max_pages) * page_size;
+    if (num_keys > capacity) {
+      report(errors, kBadPage);
+      num_keys = capacity;
+    }
+    if (causal) {
+      const long long last_row = min(first_row + kBlockM, num_rows) - 1;
+      num_keys = min(num_keys, cached + last_row / group + 1);
+    }
+  }
+
+  // Shared memory: queries, one tile of keys and one of values, and where the keys are, for two tiles.
+  SharedMemory shared;
+  const QTile q_tile{shared.take<T>(kBlockM * QTile::kStride)};
+  const QTile k_tile{shared.take<T>(kBlockN * QTile::kStride)};
+  const QTile v_tile{shared.take<T>(kBlockN * QTile::kStride)};
+  long long* key_offsets = shared.take<long long>(2 * kBlockN);  // element in `blocks`, or -1: not visible
+
+  const auto locate = [&](long long first_key, int buffer) {
+    for (int n = threadIdx.x; n < kBlockN; n += kThreads) {
+      const long long key = first_key + n;
+      key_offsets[buffer * kBlockN + n] = key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
+    }
+  };
+  const auto load_keys = [&](QTile to, int buffer, long long value_offset) {
+    load_tile<kBlockN, kThreads, true>(to, head_dim, 1, blocks, [&](int n) {
+      const long long offset = key_offsets[buffer * kBlockN + n];
+      return offset < 0 ? nullptr : blocks + offset + value_offset;
+    });
+    cp_async_commit();
+  };
+
+  // Load the queries and the first keys.
+  load_tile<kBlockM, kThreads, true>(q_tile, head_dim, 1, q, [&](int m) {
+    return first_row + m < num_rows
+               ? q + (tile.begin + token_of(m)) * q_stride + static_cast<long long>(head_of(m)) * head_dim
+               : nullptr;
+  });
+  locate(0, 0);
+  __syncthreads();
+  load_keys(k_tile, 0, 0);
+
+  // This lane's two rows: their last visible key, state and sums.
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
+  SoftmaxRow softmax[2];
+  float acc[kHeadDim / 8][4] = {};
+
+  const int num_tiles = static_cast<int>(ceil_div(num_keys, static_cast<long long>(kBlockN)));
+  for (int t = 0; t < num_tiles; ++t) {
+    const int buffer = t % 2;
+    const long long first_key = static_cast<long long>(t) * kBlockN;
+
+    // Scores: the values of this tile on their way, the next tile's keys being located.
+    load_keys(v_tile, buffer, cache.value_offset());
+    locate(first_key + kBlockN, 1 - buffer);
+    cp_async_wait<1>();
+    __syncthreads();
+    float scores[kBlockN / 8][4] = {};
+#pragma unroll 2
+    for (int k = 0; k < kHeadDim; k += 16) {
+      FragmentA<T> q_fragment;
+      load_a(q_fragment, q_tile, warp * 16, k);
+#pragma unroll
+      for (int n = 0; n < kBlockN; n += 16) {
+        FragmentB<T> k_fragments[2];
+        load_b_rows(k_fragments, k_tile, n, k);
+        mma(scores[n / 8], q_fragment, k_fragments[0]);
+        mma(scores[n / 8 + 1], q_fragment, k_fragments[1]);
+      }
+    }
+    __syncthreads();
+
+    // The next tile's keys on their way; scale, mask, and raise the largest score of each row.
+    load_keys(k_tile, 1 - buffer, 0);
+    float largest[2] = {-infinity(), -infinity()};
+#pragma unroll
+    for (int i = 0; i < kBlockN / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int n = i * 8 + lane % 4 * 2 + j % 2;
+        const bool visible = key_offsets[buffer * kBlockN + n] >= 0 &&
+                             (!causal || first_key + n <= cached + token_of(rows[j / 2]));
+        scores[i][j] = visible ? scores[i][j] * (scale * kLog2E) : -infinity();
+        largest[j / 2] = fmaxf(largest[j / 2], scores[i][j]);
+      }
+    }
+    const float factors[2] = {softmax[0].raise(quad_max(largest[0])), softmax[1].raise(quad_max(largest[1]))};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i][j] *= factors[j / 2];
+    }
+
+    // Probabilities times values, 16 keys at a time: an accumulator of scores is laid out as the operand needs.
+    cp_async_wait<1>();
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kBlockN; n += 16) {
+      float probabilities[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        probabilities[i] = softmax[i / 2 % 2].probability(scores[n / 8 + i / 4][i % 4]);
+      }
+      FragmentA<T> p_fragments[kTerms<T>];
+      split<T>(p_fragments, probabilities);
+#pragma unroll
+      for (int d = 0; d < kHeadDim; d += 16) {
+        FragmentB<T> v_fragments[2];
+        load_b_cols(v_fragments, v_tile, n, d);
+        mma_split<T>(acc[d / 8], p_fragments, v_fragments[0]);
+        mma_split<T>(acc[d / 8 + 1], p_fragments, v_fragments[1]);
+      }
+    }
+    __syncthreads();
+  }
+  cp_async_wait<0>();
+
+  // Divide and store, two neighbouring elements at a time.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = quad_sum(softmax[half].sum);
+    const int m = rows[half];
+    if (first_row + m >= num_rows) continue;
+    const long long row = static_cast<long long>(tile.begin + token_of(m)) * n_heads + head_of(m);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+      const int d = i * 8 + lane % 4 * 2;
+      if (d >= head_dim) continue;
+      const Vector<T, 2> pair{{from_float<T>(acc[i][2 * half] * inverse), from_float<T>(acc[i][2 * half + 1] * inverse)}};
+      *reinterpret_cast<Vector<T, 2>*>(out + row * head_dim + d) = pair;
+    }
+    if (lse != nullptr && lane % 4 == 0) lse[row] = softmax[half].lse(sum);
+  }
+}
+
+}  // namespace lorakit

@@ -1,0 +1,145 @@
+// One warp's product D[16 x 8] += A[16 x 16] B[16 x 8] for every storage type, float32 accumulators.
+//
+// 16-bit types use the tensor cores. float32 has no tensor-core instruction that keeps its precision, so
+// the same fragments, an element of T where the 16-bit ones have half a register, are multiplied with FMAs,
+// their elements passed between lanes by shuffles.
+//
+// Layout, with g = lane / 4 and c = 2 * (lane % 4): a lane holds
+//   D  (g, c) (g, c+1)   (g+8, c) (g+8, c+1)
+//   A  (g, c) (g, c+1)   (g+8, c) (g+8, c+1)   (g, c+8) (g, c+9)   (g+8, c+8) (g+8, c+9)
+//   B  (c, g) (c+1, g)   (c+8, g) (c+9, g)
+#pragma once
+
+#include <common/tile.cuh>
+
+namespace lorakit {
+
+template <typename T>
+struct FragmentA {
+  unsigned pairs[4];
+};
+template <>
+struct FragmentA<float> {
+  float at[8];
+};
+
+template <typename T>
+struct FragmentB {
+  unsigned pairs[2];
+};
+template <>
+struct FragmentB<float> {
+  float at[4];
+};
+
+// ---- Load from a tile ----
+
+// A = tile[row .. row+16, k .. k+16].
+template <typename T, int kCols>
+__device__ void load_a(FragmentA<T>& a, SharedTile<T, kCols> tile, int row, int k) {
+  const int lane = threadIdx.x % kWarpSize;
+  if constexpr (sizeof(T) == 2) {
+    ldmatrix_x4(a.pairs, tile.at(row + lane % 16, k + lane / 16 * 8));
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      a.at[i] = *tile.at(row + lane / 4 + i / 2 % 2 * 8, k + lane % 4 * 2 + i % 2 + i / 4 * 8);
+    }
+  }
+}
+
+// B[0] and B[1]: columns n .. n+8 and n+8 .. n+16, from a tile whose rows are columns of B: tile[n, k].
+template <typename T, int kCols>
+__device__ void load_b_rows(FragmentB<T> (&b)[2], SharedTile<T, kCols> tile, int n, int k) {
+  const int lane = threadIdx.x % kWarpSize;
+  if constexpr (sizeof(T) == 2) {
+    unsigned d[4];
+    ldmatrix_x4(d, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+    b[0] = {d[0], d[1]};
+    b[1] = {d[2], d[3]};
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      b[i / 4].at[i % 4] = *tile.at(n + i / 4 * 8 + lane / 4, k + lane % 4 * 2 + i % 2 + i / 2 % 2 * 8);
+    }
+  }
+}
+
+// The same from a tile stored as B is: tile[k, n].
+template <typename T, int kCols>
+__device__ void load_b_cols(FragmentB<T> (&b)[2], SharedTile<T, kCols> tile, int k, int n) {
+  const int lane = threadIdx.x % kWarpSize;
+  if constexpr (sizeof(T) == 2) {
+    unsigned d[4];
+    ldmatrix_x4_trans(d, tile.at(k + lane % 16, n + lane / 16 * 8));
+    b[0] = {d[0], d[1]};
+    b[1] = {d[2], d[3]};
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      b[i / 4].at[i % 4] = *tile.at(k + lane % 4 * 2 + i % 2 + i / 2 % 2 * 8, n + i / 4 * 8 + lane / 4);
+    }
+  }
+}
+
+// ---- Multiply ----
+
+template <typename T>
+__device__ void mma(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
+  if constexpr (sizeof(T) == 2) {
+    mma_m16n8k16(d, a.pairs, b.pairs, T{});
+  } else {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const int upper = k / 8, odd = k % 2, in_quad = k % 8 / 2;  // who holds element k of a row or column
+      const float a_top = __shfl_sync(kFullMask, a.at[4 * upper + odd], lane / 4 * 4 + in_quad);
+      const float a_bottom = __shfl_sync(kFullMask, a.at[4 * upper + 2 + odd], lane / 4 * 4 + in_quad);
+      const float b_left = __shfl_sync(kFullMask, b.at[2 * upper + odd], lane % 4 * 8 + in_quad);
+      const float b_right = __shfl_sync(kFullMask, b.at[2 * upper + odd], lane % 4 * 8 + 4 + in_quad);
+      d[0] = fmaf(a_top, b_left, d[0]);
+      d[1] = fmaf(a_top, b_right, d[1]);
+      d[2] = fmaf(a_bottom, b_left, d[2]);
+      d[3] = fmaf(a_bottom, b_right, d[3]);
+    }
+  }
+}
+
+// ---- float32 as the left operand ----
+
+// A float32 operand becomes the sum of two 16-bit terms, the second holding what rounding the first left
+// out: 16 bits of it survive in bfloat16, 22 in float16. float32 is its own single term.
+template <typename T>
+constexpr int kTerms = sizeof(T) == 2 ? 2 : 1;
+
+template <typename T>
+__device__ unsigned pack(float low, float high) {
+  const Vector<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// What rounding to T leaves out; nothing of a value that is not finite, inf - inf being NaN.
+template <typename T>
+__device__ float rest(float value) {
+  const float left = value - to_float(from_float<T>(value));
+  return fabsf(left) <= fabsf(value) ? left : 0.0f;
+}
+
+// Terms whose sum is A, given A's eight elements of this lane.
+template <typename T>
+__device__ void split(FragmentA<T> (&terms)[kTerms<T>], const float (&values)[8]) {
+  if constexpr (sizeof(T) == 2) {
+    for (int i = 0; i < 4; ++i) {
+      terms[0].pairs[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+      terms[1].pairs[i] = pack<T>(rest<T>(values[2 * i]), rest<T>(values[2 * i + 1]));
+    }
+  } else {
+    for (int i = 0; i < 8; ++i) terms[0].at[i] = values[i];
+  }
+}
+
+// The small term first, so that it is not lost beside a large sum.
+template <typename T>
+__device__ void mma_split(float (&d)[4], const FragmentA<T> (&terms)[kTerms<T>], const FragmentB<T>& b) {
+#pragma unroll
+  for (int i = kTerms<T> - 1; i >= 0; --i) mma(d, terms[i], b);
+}
+
+}  // namespace lorakit

@@ -1,0 +1,34 @@
+// The paged cache of one layer: (sequence, position, head) -> row of head_dim elements.
+#pragma once
+
+#include <common/errors.cuh>
+
+namespace lorakit {
+
+template <typename T>
+struct PagedKV {
+  T* blocks;                      // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+  const unsigned* lookup_table;   // [batch_size, max_pages] -> page
+  const unsigned* cache_lengths;  // [batch_size], tokens cached before this step
+  int num_pages, max_pages, num_layers, layer_idx, page_size, n_kv_heads, head_dim;
+
+  // Elements from a key row to its value row.
+  __device__ long long value_offset() const {
+    return static_cast<long long>(num_layers) * page_size * n_kv_heads * head_dim;
+  }
+
+  // The element in `blocks` where a key row starts; -1, and an error reported, without a valid page.
+  __device__ long long key_offset(int sequence, long long position, int head, unsigned* errors) const {
+    const long long logical_page = position / page_size;
+    unsigned page = static_cast<unsigned>(num_pages);
+    if (logical_page < max_pages) page = lookup_table[static_cast<long long>(sequence) * max_pages + logical_page];
+    if (page >= static_cast<unsigned>(num_pages)) {
+      report(errors, kBadPage);
+      return -1;
+    }
+    const long long slot = (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + position % page_size;
+    return (slot * n_kv_heads + head) * head_dim;
+  }
+};
+
+}  // namespace lorakit

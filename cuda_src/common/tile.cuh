@@ -1,0 +1,44 @@
+// A tile of rows in shared memory, filled from global memory.
+#pragma once
+
+#include <common/ptx.cuh>
+
+namespace lorakit {
+
+// Rows of kCols elements, each followed by 16 unused bytes so that the eight rows one ldmatrix reads fall
+// into different banks.
+template <typename T, int kCols>
+struct SharedTile {
+  static_assert(kCols % 16 == 0, "a tile is read in steps of 16 columns");
+  static constexpr int kStride = kCols + kPer16Bytes<T>;
+
+  T* data;
+
+  __device__ T* at(int row, int col) const { return data + row * kStride + col; }
+};
+
+// Fill kRows rows of a tile. `row_pointer(row)` is where a row starts in global memory, or null for a row of
+// zeros; columns from `cols` on become zeros. Nothing outside is read, so that whatever lies there, NaN
+// too, never enters a product. `somewhere` is any valid global address.
+//
+// kAligned: every row starts at a multiple of 16 bytes, `cols` is a multiple of 16 bytes and col_stride is 1.
+// Then the copy is asynchronous: commit and wait. Otherwise elements are copied one by one, at once.
+template <int kRows, int kThreads, bool kAligned, typename T, int kCols, typename RowPointer>
+__device__ void load_tile(SharedTile<T, kCols> tile, int cols, long long col_stride, const T* somewhere,
+                          RowPointer row_pointer) {
+  constexpr int kStep = kAligned ? kPer16Bytes<T> : 1;
+  constexpr int kChunks = kCols / kStep;
+  for (int chunk = threadIdx.x; chunk < kRows * kChunks; chunk += kThreads) {
+    const int row = chunk / kChunks;
+    const int col = chunk % kChunks * kStep;
+    const T* source = row_pointer(row);
+    const bool live = source != nullptr && col < cols;
+    if constexpr (kAligned) {
+      cp_async_16(tile.at(row, col), live ? source + col : somewhere, live ? 16 : 0);
+    } else {
+      *tile.at(row, col) = live ? source[col * col_stride] : from_float<T>(0.0f);
+    }
+  }
+}
+
+}  // namespace lorakit

@@ -1,0 +1,116 @@
+// Rotary embedding of this step's queries and keys. Pair j of a head, at position p, turns by its angle:
+//
+//   re' = re * cos[p, j] - im * sin[p, j]        im' = re * sin[p, j] + im * cos[p, j]
+//
+// kInterleaved: pair j is elements (2j, 2j + 1) of the rotated part; otherwise (j, j + rotary_dim / 2).
+// The rotated part is the first rotary_dim elements of a head, or the last with `rotate_last`; the rest of a
+// query is copied. Queries are written to `out`; keys are rotated in place in the cache, at the positions of
+// this step only. Rows past the last offset have no position: queries are copied as they are.
+//
+// A thread owns kPairs pairs of one head, or copies 2 * kPairs elements of it. Bound by memory. Angles are
+// float32 numbers of a table made in float64; rounds once, at the store.
+#include <common/paged_kv.cuh>
+#include <common/ragged.cuh>
+
+namespace lorakit {
+
+constexpr int kThreads = 256;
+
+// kCount elements, in as few loads as they need.
+template <int kCount, typename T>
+__device__ void load_run(T (&to)[kCount], const T* from) {
+  constexpr int kStep = kCount < kPer16Bytes<T> ? kCount : kPer16Bytes<T>;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kStep) {
+    *reinterpret_cast<Vector<T, kStep>*>(&to[i]) = *reinterpret_cast<const Vector<T, kStep>*>(from + i);
+  }
+}
+template <int kCount, typename T>
+__device__ void store_run(T* to, const T (&from)[kCount]) {
+  constexpr int kStep = kCount < kPer16Bytes<T> ? kCount : kPer16Bytes<T>;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kStep) {
+    *reinterpret_cast<Vector<T, kStep>*>(to + i) = *reinterpret_cast<const Vector<T, kStep>*>(&from[i]);
+  }
+}
+
+// Grid ceil(total_tokens * (n_heads + n_kv_heads) * head_dim / (2 * kPairs) / 256).
+template <typename T, int kPairs, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads)
+    rope_ragged_kernel(const T* __restrict__ q,  // [total_tokens, n_heads, head_dim], rows q_stride apart
+                       T* __restrict__ out,      // [total_tokens, n_heads, head_dim]
+                       const float* __restrict__ freqs_cis,  // [num_positions, rotary_dim], (cos, sin) pairs
+                       const int* __restrict__ row_offsets,  // [batch_size + 1]
+                       T* __restrict__ blocks,  // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+                       const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
+                       const unsigned* __restrict__ cache_lengths,  // [batch_size]
+                       unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride,
+                       int num_positions, int rotary_dim, bool rotate_last, int num_pages, int max_pages,
+                       int num_layers, int layer_idx, int page_size, int n_kv_heads, int head_dim) {
+  constexpr int kElements = 2 * kPairs;
+  const PagedKV<T> cache{blocks,    lookup_table, cache_lengths, num_pages,  max_pages,
+                         num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+
+  // Which token, which head, which part of it.
+  check_offsets(row_offsets, batch_size, total_tokens, errors);
+  const int heads = n_heads + n_kv_heads, units = head_dim / kElements, rotary_units = rotary_dim / kElements;
+  const long long unit = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
+  const long long token = unit / (static_cast<long long>(heads) * units);
+  const int head = static_cast<int>(unit / units % heads), part = static_cast<int>(unit % units);
+  if (token >= total_tokens) return;
+  const int sequence = segment_of(token, row_offsets, batch_size);
+  const bool placed = sequence < batch_size && token >= row_offsets[sequence];
+  const bool is_query = head < n_heads, rotates = placed && part < rotary_units;
+  if (!is_query && !rotates) return;
+
+  // Where the head starts, before and after.
+  const T* from;
+  T* to;
+  long long position = placed ? cache_lengths[sequence] + (token - row_offsets[sequence]) : 0;
+  if (is_query) {
+    from = q + token * q_stride + static_cast<long long>(head) * head_dim;
+    to = out + (token * n_heads + head) * head_dim;
+  } else {
+    const long long start = cache.key_offset(sequence, position, head - n_heads, errors);
+    if (start < 0) return;
+    from = to = blocks + start;
+  }
+
+  // What is not rotated is copied: part rotary_units + i is the i-th run outside the rotated part.
+  const int rotary_start = rotate_last ? head_dim - rotary_dim : 0;
+  if (!rotates) {
+    const int start = part < rotary_units ? rotary_start + part * kElements
+                                          : (rotate_last ? 0 : rotary_dim) + (part - rotary_units) * kElements;
+    alignas(16) T run[kElements];
+    load_run(run, from + start);
+    store_run(to + start, run);
+    return;
+  }
+
+  // Rotate pairs j .. j + kPairs.
+  if (position >= num_positions) {
+    report(errors, kBadPosition);
+    position = num_positions - 1;
+  }
+  const int j = part * kPairs;
+  const int first = rotary_start + (kInterleaved ? 2 * j : j);
+  const int second = kInterleaved ? first + kPairs : first + rotary_dim / 2;
+  alignas(16) T low[kPairs], high[kPairs];
+  alignas(16) float angles[kElements];
+  load_run(low, from + first);
+  load_run(high, from + second);
+  load_run(angles, freqs_cis + position * rotary_dim + 2 * j);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    // Interleaved, the two runs hold whole pairs one after the other; else real parts, then imaginary ones.
+    T* re = kInterleaved ? (2 * i < kPairs ? &low[2 * i % kPairs] : &high[2 * i % kPairs]) : &low[i];
+    T* im = kInterleaved ? (2 * i + 1 < kPairs ? &low[(2 * i + 1) % kPairs] : &high[(2 * i + 1) % kPairs]) : &high[i];
+    const float cos = angles[2 * i], sin = angles[2 * i + 1], real = to_float(*re), imaginary = to_float(*im);
+    *re = from_float<T>(real * cos - imaginary * sin);
+    *im = from_float<T>(real * sin + imaginary * cos);
+  }
+  store_run(to + first, low);
+  store_run(to + second, high);
+}
+
+}  // namespace lorakit

@@ -1,0 +1,214 @@
+"""What ops and layers check before they write anything.
+
+Shapes, dtypes, memory layout and device are visible on the host for every array; values only for host
+arrays. Each check raises `ValueError` or `TypeError` naming the argument, what was wanted and what came.
+Nothing is repaired: no cast, copy or clamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from lorakit import jit
+
+OFFSET_DTYPES = (np.dtype(np.uint32), np.dtype(np.int32))
+
+
+def check_shapes(**arrays: tuple[Any, str]) -> dict[str, int]:
+    """Match each array's shape with named axes; equal names must have equal sizes.
+
+    Args:
+        arrays: ``name=(array, "axis axis ...")``. An axis is a name, a name with ``+1``, or a number.
+
+    Returns:
+        The size of each axis name.
+
+    Raises:
+        TypeError: Not an array.
+        ValueError: Wrong number of axes, or two sizes for one name; the message says where both were seen.
+    """
+    sizes: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    for name, (array, axes) in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array [{axes}], got {type(array).__name__}")
+        wanted = axes.split()
+        if len(array.shape) != len(wanted):
+            raise ValueError(
+                f"{name} must have shape [{', '.join(wanted)}], got {tuple(array.shape)}"
+            )
+        for axis, size in zip(wanted, array.shape, strict=True):
+            base = axis.removesuffix("+1")
+            value = int(size) - (axis != base)
+            if base.isdigit():
+                if value != int(base):
+                    raise ValueError(
+                        f"{name} must have shape [{', '.join(wanted)}], got {tuple(array.shape)}"
+                    )
+            elif value < 0:
+                raise ValueError(
+                    f"{name} must have at least one element ({axis}), got {tuple(array.shape)}"
+                )
+            elif sizes.setdefault(base, value) != value:
+                raise ValueError(f"{name} has {base} = {value}, but {seen[base]} has {sizes[base]}")
+            else:
+                seen.setdefault(base, name)
+    return sizes
+
+
+def check_dtype(dtypes: Iterable[Any], **arrays: Any) -> None:
+    """Each array has one of these dtypes, else `TypeError`."""
+    wanted = [np.dtype(dtype) for dtype in dtypes]
+    for name, array in arrays.items():
+        if np.dtype(array.dtype) not in wanted:
+            names = " or ".join(str(dtype) for dtype in wanted)
+            raise TypeError(f"{name} must be {names}, got {array.dtype}")
+
+
+def check_contiguous(**arrays: Any) -> None:
+    """Each array is C-contiguous and starts at a multiple of 16 bytes, else `ValueError`."""
+    check_vectors(**arrays)
+    for name, array in arrays.items():
+        _check_aligned(name, array, (address_of(array),))
+
+
+def check_vectors(**arrays: Any) -> None:
+    """Each array is C-contiguous, else `ValueError`; its address may be any."""
+    for name, array in arrays.items():
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be C-contiguous, got strides {tuple(array.strides)}")
+
+
+def check_rows(**arrays: Any) -> None:
+    """Each array is C-contiguous except that its rows (first axis) may lie apart, else `ValueError`."""
+    for name, array in arrays.items():
+        if array.size and not array[0].flags.c_contiguous:
+            raise ValueError(
+                f"{name} must be C-contiguous within a row, got strides {tuple(array.strides)}"
+            )
+        if array.size and array.strides[0] < 0:
+            raise ValueError(
+                f"{name} must have rows in ascending order, got strides {tuple(array.strides)}"
+            )
+
+
+def check_aligned_rows(**arrays: Any) -> None:
+    """As `check_rows`, and every row starts at a multiple of 16 bytes (one vector load)."""
+    check_rows(**arrays)
+    for name, array in arrays.items():
+        if array.size:
+            _check_aligned(name, array, (address_of(array), array.strides[0]))
+
+
+def check_same_place(**arrays: Any) -> None:
+    """All arrays live in the memory of one device (or all on the host), else `TypeError`."""
+    places = {name: jit.place_of(array) for name, array in arrays.items()}
+    first = next(iter(places))
+    for name, place in places.items():
+        if place != places[first]:
+            raise TypeError(f"{name} must be on {places[first]} as {first} is, got {place}")
+
+
+def check_offsets(name: str, offsets: Any, rows: int, *, exact: bool, start: bool = True) -> None:
+    """Row offsets start at 0, never decrease, and end at ``rows`` (`exact`) or before.
+
+    Values are checked for host arrays only; the kernels guard themselves against the rest.
+    """
+    if not jit.is_host(offsets):
+        return
+    values = offsets.astype(np.int64)
+    if start and values[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {values[0]}")
+    if np.any(np.diff(values) < 0):
+        at = int(np.argmax(np.diff(values) < 0))
+        raise ValueError(f"{name} must not decrease, got {values[at]} before {values[at + 1]}")
+    last = int(values[-1] - (0 if start else values[0]))
+    if last > rows or (exact and last != rows):
+        raise ValueError(
+            f"{name} must end at {'' if exact else 'most '}{rows}, the number of rows, got {last}"
+        )
+
+
+def check_ids(lora_ids: Any, max_num_loras: int) -> None:
+    """Every slot is below ``max_num_loras`` (negative: base model); host arrays only."""
+    if jit.is_host(lora_ids) and lora_ids.size and int(lora_ids.max()) >= max_num_loras:
+        raise ValueError(
+            f"lora_ids must be below max_num_loras = {max_num_loras}, got {int(lora_ids.max())}"
+        )
+
+
+def check_ranks(name: str, ranks: Any) -> None:
+    """No rank is negative; host arrays only. Ranks above the stored rank mean the stored rank."""
+    if jit.is_host(ranks) and ranks.size and int(ranks.min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {int(ranks.min())}")
+
+
+def check_pages(kv_collection: Any, input_row_offsets: Any, *, batch_offset: int = 0) -> None:
+    """Every position of this step has a page inside the cache, as far as the host can see the arrays."""
+    arrays = (kv_collection.cache_lengths, kv_collection.lookup_table, input_row_offsets)
+    if not all(jit.is_host(array) for array in arrays):
+        return
+    num_pages, page_size = kv_collection.blocks.shape[0], kv_collection.blocks.shape[3]
+    new = np.diff(input_row_offsets.astype(np.int64))
+    lengths = (
+        kv_collection.cache_lengths.astype(np.int64)[batch_offset : batch_offset + len(new)] + new
+    )
+    table = kv_collection.lookup_table[batch_offset : batch_offset + len(new)].astype(np.int64)
+    for sequence, (length, row) in enumerate(zip(lengths, table, strict=True), start=batch_offset):
+        needed = -(-int(length) // page_size)
+        if needed > len(row):
+            raise ValueError(
+                f"lookup_table must have {needed} pages for the {length} tokens of sequence {sequence}, "
+                f"got {len(row)}"
+            )
+        live = row[:needed]
+        if needed and (int(live.min()) < 0 or int(live.max()) >= num_pages):
+            bad = int(live[(live < 0) | (live >= num_pages)][0])
+            raise ValueError(
+                f"lookup_table must hold pages in [0, {num_pages}) for the {length} tokens of sequence "
+                f"{sequence}, got {bad}"
+            )
+
+
+def check_positions(freqs_cis: Any, kv_collection: Any, input_row_offsets: Any) -> None:
+    """Every position of this step has a row in the rotary table, as far as the host can see."""
+    if not (jit.is_host(kv_collection.cache_lengths) and jit.is_host(input_row_offsets)):
+        return
+    new = np.diff(input_row_offsets.astype(np.int64))
+    lengths = kv_collection.cache_lengths.astype(np.int64) + new
+    if np.any(new > 0) and int(lengths[new > 0].max()) > freqs_cis.shape[0]:
+        raise ValueError(
+            f"freqs_cis must have a row for each of {int(lengths[new > 0].max())} positions, "
+            f"got {freqs_cis.shape[0]}"
+        )
+
+
+def check_layer_idx(layer_idx: int, num_layers: int) -> None:
+    """``layer_idx`` names a layer of the cache."""
+    if not 0 <= layer_idx < num_layers:
+        raise ValueError(f"layer_idx must be in [0, {num_layers}), got {layer_idx}")
+
+
+def address_of(array: Any) -> int:
+    """The address of the first element."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
+def is_aligned(*arrays: Any) -> bool:
+    """Every row of every array starts at a multiple of 16 bytes."""
+    return all(
+        address_of(array) % 16 == 0 and all(stride % 16 == 0 for stride in array.strides[:-1])
+        for array in arrays
+        if array.size
+    )
+
+
+def _check_aligned(name: str, array: Any, numbers: tuple[int, ...]) -> None:
+    if array.size and any(number % 16 for number in numbers):
+        raise ValueError(
+            f"{name} must start each row at a multiple of 16 bytes, got address {numbers[0]:#x} and "
+            f"strides {tuple(array.strides)}"
+        )

@@ -1,0 +1,23 @@
+"""The operations on arrays: CUDA kernels on CuPy arrays, the references on NumPy arrays.
+
+Every op checks what the host can see before it writes anything, allocates its result, and launches on
+CuPy's current stream. None reads device memory, so each can be captured in a CUDA graph.
+"""
+
+from lorakit.ops.attention import attention_ragged
+from lorakit.ops.kv_cache import add_kv, store_kv
+from lorakit.ops.linear import linear
+from lorakit.ops.rope import rope_ragged
+from lorakit.ops.sgmv import sgmv_expand, sgmv_lora, sgmv_qkv_lora, sgmv_shrink
+
+__all__ = [
+    "add_kv",
+    "attention_ragged",
+    "linear",
+    "rope_ragged",
+    "sgmv_expand",
+    "sgmv_lora",
+    "sgmv_qkv_lora",
+    "sgmv_shrink",
+    "store_kv",
+]

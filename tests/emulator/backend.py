@@ -1,0 +1,266 @@
+"""Emulated device arrays and the backend that runs kernels on them, called like the CuPy backend."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from tests.emulator import build, sanitizers
+from tests.emulator.build import EmulatorError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCHEDULES = ("in_order", "lifo", "random")
+_GUARD_BYTES = 512
+_ALIGNMENT = 256  # of a device allocation
+_NAN_BYTE = 0xFF  # four or two of them make a NaN
+
+
+class KernelInstance(Protocol):
+    """What the emulator needs of `lorakit.tiles.Instance`."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def threads(self) -> Any: ...  # int, or up to three ints
+    @property
+    def shared_bytes(self) -> int: ...
+
+
+class EmulatedArray(np.ndarray[Any, Any]):
+    """An array in the memory of the emulated device: a NumPy array that ops run kernels on.
+
+    Slices and results of NumPy functions are emulated arrays too; `numpy.asarray` gives a plain view.
+    """
+
+    lorakit_backend: ClassVar[Emulator]
+
+
+class _Allocation(np.ndarray[Any, Any]):
+    """Bytes of one device allocation: guard, array, guard. Views find it at the end of their ``base``."""
+
+    begin: int  # the array's place in it
+    end: int
+    poisoned: bool  # AddressSanitizer guards the guards
+
+    def damage(self) -> str:
+        """What is wrong with the guards, or an empty string."""
+        if self.poisoned:
+            return ""
+        after = np.flatnonzero(self[self.end :] != _NAN_BYTE)
+        if after.size:
+            return f"a write {after[0]} bytes past the end of"
+        before = np.flatnonzero(self[: self.begin] != _NAN_BYTE)
+        return (
+            f"a write {self.begin - before[0]} bytes before the beginning of" if before.size else ""
+        )
+
+
+class _Launch(ctypes.Structure):
+    """`emulator::Launch` of include/emulator/runtime.h."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("schedule", ctypes.c_int),
+        ("seed", ctypes.c_ulonglong),
+        ("error", ctypes.c_char_p),
+        ("error_bytes", ctypes.c_ulonglong),
+    ]
+
+
+class Emulator:
+    """The backend of emulated arrays.
+
+    Attributes:
+        schedule: The order in which threads and blocks run: one of `SCHEDULES`.
+        seed: Of the random schedule.
+        sanitizer: "", "address" or "thread"; needs a process started by ``python -m tests.emulator``.
+        folders: Where kernel sources and their headers are looked for.
+    """
+
+    def __init__(self) -> None:
+        self.schedule = os.environ.get("LORAKIT_EMULATOR_SCHEDULE", "in_order")
+        self.seed = int(os.environ.get("LORAKIT_EMULATOR_SEED", "0"))
+        self.sanitizer = os.environ.get("LORAKIT_EMULATOR_SANITIZER", "")
+        sources = os.environ.get("LORAKIT_EMULATOR_SOURCES")
+        self.folders: tuple[Path, ...] = (
+            Path(sources) if sources else REPOSITORY / "cuda_src",
+            build.KERNELS,
+        )
+        self._libraries: dict[tuple[str, str, str, tuple[Path, ...]], ctypes.CDLL] = {}
+        self._error_word: EmulatedArray | None = None
+        self._one_at_a_time = threading.Lock()  # the runtime's state is global
+
+    # ---- Arrays
+
+    def empty(self, shape: int | Sequence[int], dtype: DTypeLike) -> EmulatedArray:
+        """A new array of NaN bytes, so that what a kernel forgets to write shows."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = np.full(size + 2 * _GUARD_BYTES + _ALIGNMENT, _NAN_BYTE, np.uint8).view(
+            _Allocation
+        )
+        address = memory.ctypes.data + _GUARD_BYTES
+        memory.begin = _GUARD_BYTES + -address % _ALIGNMENT
+        memory.end = memory.begin + size
+        memory.poisoned = sanitizers.poison(memory.ctypes.data, memory.begin)
+        sanitizers.poison(memory.ctypes.data + memory.end, memory.size - memory.end)
+        return EmulatedArray(shape, dtype, buffer=memory, offset=memory.begin)
+
+    def zeros(self, shape: int | Sequence[int], dtype: DTypeLike) -> EmulatedArray:
+        array = self.empty(shape, dtype)
+        array.fill(0)
+        return array
+
+    def asarray(self, array: Any) -> EmulatedArray:
+        """A copy in the device's memory; emulated arrays pass as they are."""
+        if isinstance(array, EmulatedArray):
+            return array
+        array = np.asarray(array)
+        copy = self.empty(array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
+    def error_word(self) -> EmulatedArray:
+        """The sticky error word, uint32 [1]."""
+        if self._error_word is None:
+            self._error_word = self.zeros(1, np.uint32)
+        return self._error_word
+
+    def take_error(self) -> int:
+        """Read and clear the error word."""
+        bits = int(self.error_word()[0])
+        self.error_word().fill(0)
+        return bits
+
+    # ---- Kernels
+
+    @contextlib.contextmanager
+    def scheduled(self, schedule: str, seed: int = 0) -> Iterator[None]:
+        """Run threads and blocks in another order for a while."""
+        before = self.schedule, self.seed
+        self.schedule, self.seed = schedule, seed
+        try:
+            yield
+        finally:
+            self.schedule, self.seed = before
+
+    def launch(self, instance: KernelInstance, grid: Sequence[int], args: Sequence[Any]) -> None:
+        """Run a kernel instance to its end, compiling it first if needed.
+
+        Args:
+            instance: What to run: its ``threads`` are the block.
+            grid: Blocks along x, y, z; missing ones are 1.
+            args: `EmulatedArray` for a pointer, a NumPy scalar, an int for int32, a float
+                for float32, None for a null pointer.
+
+        Raises:
+            EmulatorError: The kernel does not compile, or a GPU would not run it to a defined end.
+            TypeError: An argument does not fit the kernel's parameter.
+            ValueError: The grid or the schedule is not valid.
+        """
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        block = instance.threads if isinstance(instance.threads, tuple) else (instance.threads,)
+        for sizes, what, most in ((tuple(grid), "grid", 2**31 - 1), (block, "block", 1024)):
+            if not 1 <= len(sizes) <= 3 or min(sizes) < 1 or math.prod(sizes) > most:
+                raise ValueError(f"{instance.name}: a {what} of {sizes} cannot be launched")
+        library = self._library(instance)
+        codes = library.emulator_signature().decode().split()
+        if len(codes) != len(args):
+            raise TypeError(f"{instance.name} takes {len(codes)} arguments, got {len(args)}")
+        values = [_argument(instance.name, i, *pair) for i, pair in enumerate(zip(codes, args))]
+        error = ctypes.create_string_buffer(64 * 1024)
+        launch = _Launch(
+            instance.name.encode(),
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+            (ctypes.c_uint * 3)(*block, *(1,) * (3 - len(block))),
+            instance.shared_bytes,
+            SCHEDULES.index(self.schedule),
+            self.seed,
+            ctypes.cast(error, ctypes.c_char_p),
+            len(error),
+        )
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        with self._one_at_a_time:
+            if self.sanitizer:
+                sanitizers.begin_reports(library)
+            failed = library.emulator_launch(ctypes.byref(launch), pointers)
+            report = sanitizers.end_reports() if self.sanitizer else ""
+        message = error.value.decode() if failed else _damage(instance.name, args)
+        if message or report:
+            raise EmulatorError(message or instance.name, report)
+
+    def _library(self, instance: KernelInstance) -> ctypes.CDLL:
+        key = (instance.source, instance.name, self.sanitizer, self.folders)
+        library = self._libraries.get(key)
+        if library is None:
+            sanitizers.check_loaded(self.sanitizer)
+            path = build.kernel_library(
+                instance.source, instance.name, self.folders, self.sanitizer
+            )
+            library = self._libraries[key] = ctypes.CDLL(str(path))
+            library.emulator_signature.restype = ctypes.c_char_p
+        return library
+
+
+def _argument(kernel: str, index: int, code: str, value: Any) -> np.ndarray[Any, Any]:
+    """The bytes of one argument, checked against the kernel's parameter as no GPU would."""
+    wanted = f"{kernel}: argument {index} must be {code.replace('*', 'an array of ')}"
+    if value is None:
+        value = np.uintp(0)
+    elif isinstance(value, bool | int | float):  # as lorakit.jit passes them to a GPU
+        value = {bool: np.bool_, int: np.int32, float: np.float32}[type(value)](value)
+    if code.startswith("*"):
+        if isinstance(value, np.uintp) and value == 0:
+            return np.zeros(1, np.uintp)
+        if not isinstance(value, EmulatedArray):
+            raise TypeError(f"{wanted} on the emulated device, got {type(value).__name__}")
+        if not _fits(code[1:], value.dtype):
+            raise TypeError(f"{wanted}, got {value.dtype}")
+        # As on a GPU, an empty array has no address.
+        return np.array([value.ctypes.data if value.size else 0], np.uintp)
+    if not isinstance(value, np.generic) or not _fits(code, value.dtype):
+        raise TypeError(f"{wanted}, got {type(value).__name__}")
+    return np.array([value])
+
+
+def _fits(code: str, dtype: np.dtype[Any]) -> bool:
+    """Integers of one size pass for each other, signed or not."""
+    if code == "?":
+        return True
+    if code == "bfloat16":
+        return dtype == ml_dtypes.bfloat16
+    return dtype == code or (dtype.kind == "u" and code.startswith("int") and dtype == "u" + code)
+
+
+def _damage(kernel: str, args: Sequence[Any]) -> str:
+    """A message about the first array whose surroundings a kernel wrote to, or an empty string."""
+    for index, value in enumerate(args):
+        while isinstance(value, np.ndarray):
+            if isinstance(value, _Allocation):
+                damage = value.damage()
+                if damage:
+                    value.fill(_NAN_BYTE)
+                    return f"{kernel}: {damage} the array of argument {index}"
+                break
+            value = value.base
+    return ""
+
+
+emulator = Emulator()
+EmulatedArray.lorakit_backend = emulator
