@@ -20,9 +20,11 @@
 
 namespace lorakit {
 
+constexpr long long kMaxKeys = 1ll << 30;  // of one sequence: positions, and sums of two, fit in 32 bits
+
 // Grid (total_tokens * group / kBlockM + batch_size + 1, n_kv_heads).
 template <typename T, int kHeadDim, int kWarps, int kBlockN>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     attention_ragged_kernel(const T* __restrict__ q,  // [total_tokens, n_heads, head_dim], rows q_stride apart
                             T* __restrict__ out,      // [total_tokens, n_heads, head_dim]
                             float* __restrict__ lse,  // [total_tokens, n_heads] or null
@@ -43,26 +45,21 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   check_offsets(row_offsets, batch_size, total_tokens, errors);
   const int group = n_heads / n_kv_heads, kv_head = blockIdx.y;
   const Tile tile = tile_of<kBlockM>(blockIdx.x, row_offsets, batch_size, total_tokens, group);
-  const long long num_rows = static_cast<long long>(tile.end - tile.begin) * group;
-  const long long first_row = tile.row;
+  const int num_rows = (tile.end - tile.begin) * group;
+  const int first_row = tile.row;
   if (first_row >= num_rows) return;
-  const auto token_of = [&](int m) { return static_cast<int>((first_row + m) / group); };  // in its sequence
-  const auto head_of = [&](int m) { return kv_head * group + static_cast<int>((first_row + m) % group); };
+  const auto token_of = [&](int m) { return (first_row + m) / group; };  // in its sequence
+  const auto head_of = [&](int m) { return kv_head * group + (first_row + m) % group; };
 
   // Which keys: rows past the last offset are in no sequence and see none.
-  long long cached = 0, num_keys = 0;
+  int cached = 0, num_keys = 0;
   if (tile.segment < batch_size) {
-    cached = cache_lengths[tile.segment];
-    num_keys = cached + tile.end - tile.begin;
-    const long long capacity = static_cast<long long>(max_pages) * page_size;
-    if (num_keys > capacity) {
-      report(errors, kBadPage);
-      num_keys = capacity;
-    }
-    if (causal) {
-      const long long last_row = min(first_row + kBlockM, num_rows) - 1;
-      num_keys = min(num_keys, cached + last_row / group + 1);
-    }
+    const long long capacity = min(static_cast<long long>(max_pages) * page_size, kMaxKeys);
+    const long long keys = static_cast<long long>(cache_lengths[tile.segment]) + tile.end - tile.begin;
+    if (keys > capacity) report(errors, kBadPage);
+    num_keys = static_cast<int>(min(keys, capacity));
+    cached = static_cast<int>(min(static_cast<long long>(cache_lengths[tile.segment]), kMaxKeys));
+    if (causal) num_keys = min(num_keys, cached + token_of(min(kBlockM, num_rows - first_row) - 1) + 1);
   }
 
   // Shared memory: queries, one tile of keys and one of values, and where the keys are, for two tiles.
@@ -72,9 +69,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   const QTile v_tile{shared.take<T>(kBlockN * QTile::kStride)};
   long long* key_offsets = shared.take<long long>(2 * kBlockN);  // element in `blocks`, or -1: not visible
 
-  const auto locate = [&](long long first_key, int buffer) {
+  const auto locate = [&](int first_key, int buffer) {
     for (int n = threadIdx.x; n < kBlockN; n += kThreads) {
-      const long long key = first_key + n;
+      const int key = first_key + n;
       key_offsets[buffer * kBlockN + n] = key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
     }
   };
@@ -89,7 +86,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   // Load the queries and the first keys.
   load_tile<kBlockM, kThreads, true>(q_tile, head_dim, 1, q, [&](int m) {
     return first_row + m < num_rows
-               ? q + (tile.begin + token_of(m)) * q_stride + static_cast<long long>(head_of(m)) * head_dim
+               ? q + static_cast<long long>(tile.begin + token_of(m)) * q_stride + static_cast<long long>(head_of(m)) * head_dim
                : nullptr;
   });
   locate(0, 0);
@@ -99,13 +96,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   // This lane's two rows: their last visible key, state and sums.
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
+  const int last_keys[2] = {causal ? cached + token_of(rows[0]) : num_keys,
+                            causal ? cached + token_of(rows[1]) : num_keys};
   SoftmaxRow softmax[2];
   float acc[kHeadDim / 8][4] = {};
 
-  const int num_tiles = static_cast<int>(ceil_div(num_keys, static_cast<long long>(kBlockN)));
+  const int num_tiles = ceil_div(num_keys, kBlockN);
   for (int t = 0; t < num_tiles; ++t) {
     const int buffer = t % 2;
-    const long long first_key = static_cast<long long>(t) * kBlockN;
+    const int first_key = t * kBlockN;
 
     // Scores: the values of this tile on their way, the next tile's keys being located.
     load_keys(v_tile, buffer, cache.value_offset());
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     cp_async_wait<1>();
     __syncthreads();
     float scores[kBlockN / 8][4] = {};
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 4 ? 1 : kHeadDim / 16)
     for (int k = 0; k < kHeadDim; k += 16) {
       FragmentA<T> q_fragment;
       load_a(q_fragment, q_tile, warp * 16, k);
@@ -135,8 +134,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int n = i * 8 + lane % 4 * 2 + j % 2;
-        const bool visible = key_offsets[buffer * kBlockN + n] >= 0 &&
-                             (!causal || first_key + n <= cached + token_of(rows[j / 2]));
+        const bool visible = key_offsets[buffer * kBlockN + n] >= 0 && first_key + n <= last_keys[j / 2];
         scores[i][j] = visible ? scores[i][j] * (scale * kLog2E) : -infinity();
         largest[j / 2] = fmaxf(largest[j / 2], scores[i][j]);
       }

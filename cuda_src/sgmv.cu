@@ -43,7 +43,7 @@ __device__ inline Adapter adapter_of(int group, int groups, const int* ids, cons
 // Grid (total_tokens / 16 + groups + 1, ceil(max_lora_rank / kBlockR)). The warps share the sum
 // over k: warp w takes 16-column steps w, w + 4, ..., and their four partial sums are added in order.
 template <typename T, int kBlockR, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sgmv_shrink_kernel(const T* __restrict__ x,         // [total_tokens, in_dim]
                        const T* __restrict__ lora_a,    // [max_num_loras, max_lora_rank, in_dim] by strides
                        const int* __restrict__ ids,     // [groups]
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kThreads)
   // Which rows, which adapter.
   check_offsets(offsets, groups, total_tokens, errors);
   const Tile tile = tile_of<kBlockM>(blockIdx.x, offsets, groups, total_tokens, 1);
-  const int row = static_cast<int>(tile.begin + tile.row);
+  const int row = tile.begin + tile.row;
   const int first_rank = blockIdx.y * kBlockR;
-  if (tile.begin + tile.row >= tile.end) return;
+  if (row >= tile.end) return;
   const Adapter adapter =
       adapter_of(tile.segment, groups, ids, ranks, slot_ranks, max_num_loras, max_lora_rank, errors);
   if (adapter.slot < 0 || first_rank >= adapter.rank) return;
@@ -157,7 +157,7 @@ __device__ float row_scale(const float* h_row, int rank) {
 // Grid (as shrink, ceil(out_dim / 128)). Warp w owns 32 of the block's columns; ranks go by 16. Rounds once,
 // when y is stored.
 template <typename T, typename Out, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sgmv_expand_kernel(const float* __restrict__ h,     // [total_tokens, max_lora_rank]
                        const T* __restrict__ lora_b,    // [max_num_loras, out_dim, max_lora_rank] by strides
                        const T* __restrict__ bias,      // [max_num_loras, out_dim] or null
@@ -178,9 +178,9 @@ __global__ void __launch_bounds__(kThreads)
   // Which rows, which adapter.
   check_offsets(offsets, groups, total_tokens, errors);
   const Tile tile = tile_of<kBlockM>(blockIdx.x, offsets, groups, total_tokens, 1);
-  const int row = static_cast<int>(tile.begin + tile.row);
+  const int row = tile.begin + tile.row;
   const int first_col = blockIdx.y * kBlockN;
-  if (tile.begin + tile.row >= tile.end) return;
+  if (row >= tile.end) return;
   const Adapter adapter =
       adapter_of(tile.segment, groups, ids, ranks, slot_ranks, max_num_loras, max_lora_rank, errors);
   if (adapter.slot < 0) return;

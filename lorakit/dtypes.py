@@ -32,6 +32,7 @@ def ulp(value: ArrayLike, dtype: DTypeLike) -> NDArray[np.float64]:
     """
     info: Any = ml_dtypes.finfo(np.dtype(dtype))  # type: ignore[no-untyped-call]
     value64 = np.asarray(value).astype(np.float64)
-    exponent = np.frexp(value64)[1] - 1  # |value| is in [2**exponent, 2**(exponent + 1))
+    # |value| is in [2**exponent, 2**(exponent + 1)); frexp gives 0 the exponent of 0.5.
+    exponent = np.where(value64 == 0.0, info.minexp, np.frexp(value64)[1] - 1)
     gap = np.ldexp(1.0, np.maximum(exponent, info.minexp) - info.nmant)
     return np.where(np.isfinite(value64), gap, np.nan)

@@ -23,13 +23,13 @@ __device__ int last_start_before(int count, long long value, Start start) {
 struct Tile {
   int segment;     // in [0, count]; `count` is the rows past the last offset
   int begin, end;  // the segment's rows, cut to [0, total)
-  long long row;   // first unit of this tile, counted from the segment's first
+  int row;         // first unit of this tile, counted from the segment's first
 };
 
 // Which tile of which segment work item `item` is, when a row has `units` units and a tile kTile of them.
 // Segment s gets the items from offsets[s] * units / kTile + s on, which are enough of them for it, and
 // sometimes one too many: then `row` lies past the segment's end. So neither a table nor the host is
-// needed, and total * units / kTile + count + 1 items serve any offsets.
+// needed, and total * units / kTile + count + 1 items serve any offsets. total * units is below 2^31.
 template <int kTile>
 __device__ Tile tile_of(long long item, const int* offsets, int count, int total, int units) {
   const auto start = [&](int s) { return static_cast<long long>(offsets[s]) * units / kTile + s; };
@@ -37,7 +37,9 @@ __device__ Tile tile_of(long long item, const int* offsets, int count, int total
   tile.segment = last_start_before(count + 1, item, start);
   tile.begin = min(max(offsets[tile.segment], 0), total);
   tile.end = tile.segment == count ? total : min(max(offsets[tile.segment + 1], tile.begin), total);
-  tile.row = (item - start(tile.segment)) * kTile;
+  const long long row = (item - start(tile.segment)) * kTile;
+  if (row < 0 || row >= static_cast<long long>(total) * units) tile.end = tile.begin;  // bad offsets, or no row left
+  tile.row = static_cast<int>(row);
   return tile;
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorakit import checks, jit
 from lorakit.dtypes import STORAGE
@@ -16,6 +17,9 @@ from lorakit.nn.dtype import DType
 
 # A NumPy array on the CPU, a CuPy array on a GPU; CuPy must not be imported to say so.
 Array: TypeAlias = Any
+
+# A number that the host knows: an int, a NumPy integer, or a NumPy array that holds one.
+HostInteger: TypeAlias = "int | np.integer[Any] | NDArray[np.integer[Any]]"
 
 # Device kinds of DLPack.
 _DLPACK_HOST = (1, 3)  # memory of the CPU; pinned memory

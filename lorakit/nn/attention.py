@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorakit import ops
-from lorakit.nn.arrays import Array, copy_into, current_device_of, module_of, positive
+from lorakit.nn.arrays import (
+    Array,
+    HostInteger,
+    copy_into,
+    current_device_of,
+    module_of,
+    positive,
+)
 from lorakit.nn.attention_step import AttentionStep
 from lorakit.nn.device import DeviceRef, single_device
 from lorakit.nn.dtype import DType
@@ -145,7 +152,7 @@ class AttentionWithRope(Module):
 
     def __call__(
         self,
-        layer_idx: int,
+        layer_idx: HostInteger,
         x: Array,
         kv_collection: PagedKVCacheCollection,
         freqs_cis: Array,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lorakit import ops
-from lorakit.nn.arrays import Array, positive
+from lorakit.nn.arrays import Array, HostInteger, positive
 from lorakit.nn.attention import AttentionWithRope
 from lorakit.nn.attention_step import AttentionStep
 from lorakit.nn.batch_info import BatchInfo
@@ -36,6 +36,12 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
             stacked_qkv, scale, has_bias, float8_config, clip_qkv: As in `AttentionWithRope`. With
             `stacked_qkv` the adapters keep their names ``q_proj.lora_A.weight`` and so on.
     """
+
+    # With another `linear_cls` they are what it makes; then `qkv_loras` raises.
+    q_proj: LinearLoRA
+    k_proj: LinearLoRA
+    v_proj: LinearLoRA
+    o_proj: LinearLoRA
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
         x: Array,
         kv_collection: PagedKVCacheCollection,
         input_row_offsets: Array,
-        layer_idx: int,
+        layer_idx: HostInteger,
     ) -> Array:
         """The adapters' part of q, k, v alone: returns q's, adds k's and v's into the cache.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lorakit import checks
-from lorakit.nn.arrays import Array, as_array, as_metadata, integer
+from lorakit.nn.arrays import Array, HostInteger, as_array, as_metadata, integer
 from lorakit.nn.kv_cache import PagedKVCacheCollection
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class AttentionStep(NamedTuple):
     def checked(
         cls,
         layer: AttentionWithRope,
-        layer_idx: int,
+        layer_idx: HostInteger,
         x: Array,
         kv_collection: PagedKVCacheCollection,
         input_row_offsets: Array,

@@ -13,7 +13,7 @@ from lorakit.nn.arrays import Array, integer, upload
 from lorakit.nn.device import DeviceRef
 
 # A slot, the name of an adapter, or the base model: None, "", its path, or any negative number.
-Adapter: TypeAlias = "int | str | None"
+Adapter: TypeAlias = "int | np.integer[Any] | str | None"
 
 _BASE = -1
 

@@ -135,8 +135,8 @@ def sgmv_qkv_lora(
     kv_collection: KVCache,
     layer_idx: int,
     *,
-    slot_ranks: Sequence[NDArray[Any]] | None = None,
-    bias: Sequence[NDArray[Any]] | None = None,
+    slot_ranks: Sequence[NDArray[Any] | None] | None = None,
+    bias: Sequence[NDArray[Any] | None] | None = None,
 ) -> NDArray[Any]:
     """Returns the query delta and adds the key and value deltas into the cache, each rounded once.
 
@@ -152,8 +152,8 @@ def sgmv_qkv_lora(
         input_row_offsets: ``[batch_size + 1]``.
         kv_collection: see :class:`KVCache`; ``blocks`` is added to.
         layer_idx: layer of the cache.
-        slot_ranks: three ``[max_num_loras]``, or None.
-        bias: three ``[max_num_loras, out_dim]``, or None.
+        slot_ranks: three of ``[max_num_loras]`` or None, or None for all three.
+        bias: three of ``[max_num_loras, out_dim]`` or None, or None for all three.
 
     Returns:
         ``[total_tokens, n_heads * head_dim]`` in ``x``'s dtype, 0 in base rows.

@@ -77,6 +77,7 @@ class _Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint),
         ("schedule", ctypes.c_int),
         ("seed", ctypes.c_ulonglong),
+        ("seconds", ctypes.c_double),
         ("error", ctypes.c_char_p),
         ("error_bytes", ctypes.c_ulonglong),
     ]
@@ -88,6 +89,7 @@ class Emulator:
     Attributes:
         schedule: The order in which threads and blocks run: one of `SCHEDULES`.
         seed: Of the random schedule.
+        seconds: Time on the CPU after which a launch counts as hung; not watched under "thread".
         sanitizer: "", "address" or "thread"; needs a process started by ``python -m tests.emulator``.
         folders: Where kernel sources and their headers are looked for.
     """
@@ -95,6 +97,7 @@ class Emulator:
     def __init__(self) -> None:
         self.schedule = os.environ.get("LORAKIT_EMULATOR_SCHEDULE", "in_order")
         self.seed = int(os.environ.get("LORAKIT_EMULATOR_SEED", "0"))
+        self.seconds = 60.0
         self.sanitizer = os.environ.get("LORAKIT_EMULATOR_SANITIZER", "")
         sources = os.environ.get("LORAKIT_EMULATOR_SOURCES")
         self.folders: tuple[Path, ...] = (
@@ -192,16 +195,19 @@ class Emulator:
             instance.shared_bytes,
             SCHEDULES.index(self.schedule),
             self.seed,
+            self.seconds,
             ctypes.cast(error, ctypes.c_char_p),
             len(error),
         )
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         with self._one_at_a_time:
-            if self.sanitizer:
-                sanitizers.begin_reports(library)
-            failed = library.emulator_launch(ctypes.byref(launch), pointers)
-            report = sanitizers.end_reports() if self.sanitizer else ""
-        message = error.value.decode() if failed else _damage(instance.name, args)
+            if not self.sanitizer:
+                failed, report = library.emulator_launch(ctypes.byref(launch), pointers), ""
+            else:
+                with sanitizers.reports(library) as reports:
+                    failed = library.emulator_launch(ctypes.byref(launch), pointers)
+                report = reports[0]
+        message = build.with_lines(error.value.decode()) if failed else _damage(instance.name, args)
         if message or report:
             raise EmulatorError(message or instance.name, report)
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -20,10 +21,11 @@ HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
 KERNELS = HERE / "kernels"
 
-COMMON_FLAGS = ("-std=c++17", "-g", "-fPIC", "-shared", "-fvisibility=hidden")
+COMMON_FLAGS = ("-std=c++17", "-gdwarf-4", "-fPIC", "-shared", "-fvisibility=hidden")
 # The runtime is never instrumented. Its loops must stay loops: as calls of memset and memcpy, sanitizers
 # would check them.
 RUNTIME_FLAGS = (*COMMON_FLAGS, "-O2", "-Wall", "-Wextra", "-fno-tree-loop-distribute-patterns")
+# addr2line of binutils 2.40 gives wrong file names for DWARF 5.
 # Kernels reinterpret vectors, and the device never contracts what it is not told to. Function-local statics
 # of templates must not be shared between libraries (-fno-gnu-unique): static shared memory is made of them.
 KERNEL_FLAGS = (
@@ -33,12 +35,16 @@ KERNEL_FLAGS = (
     "-fno-gnu-unique",
     "-Wno-attributes",
 )
+# What AddressSanitizer or a fault shows anyway is left out of UBSan, and checks are calls: unrolled
+# loops compile three times as fast.
 SANITIZER_FLAGS: dict[str, tuple[str, ...]] = {
     "": (),
     "address": (
         "-fsanitize=address,undefined",
+        "-fno-sanitize=null,object-size,vptr",
         "-fsanitize-sections=emulator_shared",
         "-fsanitize-recover=all",
+        "--param=asan-instrumentation-with-call-threshold=0",
     ),
     "thread": ("-fsanitize=thread",),
 }
@@ -65,6 +71,11 @@ def compiler_version() -> str:
     return subprocess.run(
         [compiler(), "--version"], capture_output=True, text=True, check=True
     ).stdout
+
+
+def clean_environment() -> dict[str, str]:
+    """For tools: without the sanitizer that this process may run under."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 @functools.cache
@@ -166,9 +177,7 @@ def _library(
         output = Path(folder) / library.name
         # The library after the source that needs it, as the linker demands.
         full = [*command, *((str(shim),) if program else ()), *link, "-o", str(output)]
-        # Not under a sanitizer that this process may run under.
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        result = subprocess.run(full, capture_output=True, text=True, env=environment)
+        result = subprocess.run(full, capture_output=True, text=True, env=clean_environment())
         if result.returncode != 0:
             raise EmulatorError(f"{shlex.join(full)}\n{program}{result.stderr}")
         output.replace(library)
@@ -179,3 +188,21 @@ def _write(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, path)
+
+
+# How sanitizers and the emulator name code in a library: a path, or a file name, and an offset.
+_ADDRESS = re.compile(r"(<null> <null> )?\((?:\S*/)?(?P<library>[\w-]+\.so)\+(?P<at>0x[0-9a-f]+)\)")
+
+
+def with_lines(text: str) -> str:
+    """The text with functions and source lines in place of addresses in kernels."""
+
+    def look_up(match: re.Match[str]) -> str:
+        library = cache_folder() / match["library"]
+        if not library.exists():
+            return match[0]
+        command = ["addr2line", "-e", str(library), "-fCip", match["at"]]
+        result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+        return result.stdout.strip() or match[0]
+
+    return _ADDRESS.sub(look_up, text)

@@ -223,7 +223,7 @@ _OUT = 64
     [
         (
             "divergent_barrier_kernel()",
-            r"block \(0, 0, 0\): divergent barrier.*\n"
+            r"block \([01], 0, 0\): divergent barrier.*\n"
             r"  threads 0-39: __syncthreads at .*threads.cu:\d+\n"
             r"  threads 40-63: __syncthreads at .*threads.cu:\d+\n",
         ),
@@ -249,6 +249,24 @@ def test_reports(kernel: str, message: str, schedule: str) -> None:
     with emulator.scheduled(schedule), pytest.raises(EmulatorError, match=message):
         emulator.launch(Kernel("threads.cu", name, _OUT), (2,), args)
     test_barriers_in_a_tree_sum(schedule)  # the emulator goes on as if nothing had happened
+
+
+@pytest.mark.parametrize(
+    ("kernel", "args", "message"),
+    [
+        ("wild_kernel", (), r"thread 0: Segmentation fault of the CPU .*wild_kernel.*undefined.cu:\d+"),
+        ("division_kernel", (0,), r"Floating point exception of the CPU .*division_kernel"),
+        ("endless_kernel", (), r"still running after 0.2 seconds; thread 0 is in .*endless_kernel"),
+    ],
+)
+def test_faults_and_endless_loops_do_not_end_the_process(
+    kernel: str, args: tuple[int, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = emulator.zeros(8, np.float32 if kernel == "wild_kernel" else np.int32)
+    monkeypatch.setattr(emulator, "seconds", 0.2)
+    for _ in range(2):
+        with pytest.raises(EmulatorError, match=message):
+            emulator.launch(Kernel("undefined.cu", kernel, 2), (1,), (x, *args))
 
 
 def test_arguments_are_checked() -> None:

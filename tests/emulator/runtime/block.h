@@ -112,4 +112,8 @@ void fill_shared_memory();
 std::string check_shared_memory();
 void end_shared_memory();
 
+// Between these, faults of kernel code and launches that take too long fail like everything else.
+void begin_faults(const void* kernel_code);
+void end_faults();
+
 }  // namespace emulator

@@ -60,7 +60,7 @@ void Fiber::allocate_stack() {
   stack_bytes_ = kStackBytes;
 }
 
-void Fiber::prepare(void (*entry)()) {
+void Fiber::prepare(void (*entry)(), const char* name) {
   if (stack_ == nullptr) allocate_stack();
   unpoison(stack_, kStackBytes);  // frames of an abandoned run
   fake_stack_ = nullptr;
@@ -70,7 +70,10 @@ void Fiber::prepare(void (*entry)()) {
       __tsan_destroy_fiber(tsan_);
       tsan_ = nullptr;
     }
-    if (tsan_ == nullptr) tsan_ = __tsan_create_fiber(0);
+    if (tsan_ == nullptr) {
+      tsan_ = __tsan_create_fiber(0);
+      __tsan_set_fiber_name(tsan_, name);
+    }
   }
   abandoned_ = false;
 #if defined(__x86_64__)

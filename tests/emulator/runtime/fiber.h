@@ -17,7 +17,8 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   // Readies the fiber to begin at `entry`, which must not return. Whatever it did before is abandoned.
-  void prepare(void (*entry)());
+  // The name is for ThreadSanitizer's reports.
+  void prepare(void (*entry)(), const char* name);
 
   // Leaves `from`, the running fiber, for `to`. Returns when somebody switches back.
   static void switch_to(Fiber& from, Fiber& to);

@@ -7,19 +7,20 @@
 
 namespace {
 
-int g_reports = -1;
+int g_reports = -1, g_stderr = -1;
 
 void show_reports() {
   char text[4096];
   lseek(g_reports, 0, SEEK_SET);
   for (ssize_t bytes; (bytes = read(g_reports, text, sizeof(text))) > 0;) {
-    if (write(STDERR_FILENO, text, bytes) < 0) return;
+    if (write(g_stderr, text, bytes) < 0) return;
   }
 }
 
 }  // namespace
 
-extern "C" EMULATOR_API void emulator_show_reports_at_death(int file) {
+extern "C" EMULATOR_API void emulator_show_reports_at_death(int file, int stderr_file) {
   if (g_reports < 0 && __sanitizer_set_death_callback) __sanitizer_set_death_callback(show_reports);
   g_reports = file;
+  g_stderr = stderr_file;
 }

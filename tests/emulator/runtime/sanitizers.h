@@ -11,6 +11,7 @@ __attribute__((weak)) void __asan_poison_memory_region(const volatile void* addr
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
+__attribute__((weak)) void __tsan_set_fiber_name(void* fiber, const char* name);
 __attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 __attribute__((weak)) void __tsan_acquire(void* address);

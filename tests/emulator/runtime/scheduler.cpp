@@ -105,7 +105,7 @@ void run_block() {
     thread.delivered = 0;
     thread.groups = 0;
     thread.warp->live |= 1u << (i % kWarpSize);
-    thread.fiber.prepare(thread_main);
+    thread.fiber.prepare(thread_main, format("thread %d", i).c_str());
     block.ready.push(&thread);
   }
   fill_shared_memory();
@@ -151,11 +151,13 @@ int run(const Launch& launch, void (*thread)(void*), void* closure, void* static
   g_failure.clear();
   set_up(launch);
   begin_shared_memory(static_begin, static_end);
+  begin_faults(reinterpret_cast<const void*>(thread));
   for (unsigned number : g_block.ready.block_order(gridDim.x * gridDim.y * gridDim.z)) {
     blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / (gridDim.x * gridDim.y)};
     run_block();
     if (!g_failure.empty()) break;
   }
+  end_faults();
   end_shared_memory();
   if (g_failure.empty()) return 0;
   std::snprintf(launch.error, launch.error_bytes, "%s, block (%u, %u, %u): %s", launch.kernel, blockIdx.x,
