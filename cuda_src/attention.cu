@@ -1,5 +1,6 @@
 // Causal attention of this step's queries over the paged cache. For token t of sequence b, at position
-// p = cache_lengths[b] + t - row_offsets[b], and query head h on key head h / group, group = n_heads / n_kv_heads:
+// p = cache_lengths[b] + t - row_offsets[b], and query head h, which reads key head h / group with
+// group = n_heads / n_kv_heads:
 //
 //   s[j] = scale * q[t, h] . key[j]    for the keys j = 0 .. p (causal), or all of the sequence's keys
 //   out[t, h] = sum_j exp(s[j]) value[j] / sum_j exp(s[j])        lse[t, h] = log sum_j exp(s[j])
@@ -24,21 +25,21 @@ constexpr long long kMaxKeys = 1ll << 30;  // of one sequence: positions, and su
 
 // Grid (total_tokens * group / kBlockM + batch_size + 1, n_kv_heads).
 template <typename T, int kHeadDim, int kWarps, int kBlockN>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 1)
-    attention_ragged_kernel(const T* __restrict__ q,  // [total_tokens, n_heads, head_dim], rows q_stride apart
-                            T* __restrict__ out,      // [total_tokens, n_heads, head_dim]
-                            float* __restrict__ lse,  // [total_tokens, n_heads] or null
-                            const int* __restrict__ row_offsets,  // [batch_size + 1]
-                            const T* __restrict__ blocks,  // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
-                            const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
-                            const unsigned* __restrict__ cache_lengths,  // [batch_size]
-                            unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride,
-                            float scale, bool causal, int num_pages, int max_pages, int num_layers, int layer_idx,
-                            int page_size, int n_kv_heads, int head_dim) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
+    const T* __restrict__ q,                    // [total_tokens, n_heads, head_dim], rows q_stride apart
+    T* __restrict__ out,                        // [total_tokens, n_heads, head_dim]
+    float* __restrict__ lse,                    // [total_tokens, n_heads] or null
+    const int* __restrict__ row_offsets,        // [batch_size + 1]
+    const T* __restrict__ blocks,               // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+    const unsigned* __restrict__ lookup_table,  // [batch_size, max_pages]
+    const unsigned* __restrict__ cache_lengths,  // [batch_size]
+    unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride, float scale,
+    bool causal, int num_pages, int max_pages, int num_layers, int layer_idx, int page_size, int n_kv_heads,
+    int head_dim) {
   constexpr int kBlockM = kWarps * 16, kThreads = kWarps * kWarpSize;
   constexpr float kLog2E = 1.44269504088896340736f;
   using QTile = SharedTile<T, kHeadDim>;
-  const PagedKV<const T> cache{blocks,    lookup_table, cache_lengths, num_pages,  max_pages,
+  const PagedKV<const T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
                                num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
 
   // Which rows: of sequence tile.segment, (token, head in group) pairs first_row .. first_row + kBlockM.
@@ -72,7 +73,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
   const auto locate = [&](int first_key, int buffer) {
     for (int n = threadIdx.x; n < kBlockN; n += kThreads) {
       const int key = first_key + n;
-      key_offsets[buffer * kBlockN + n] = key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
+      key_offsets[buffer * kBlockN + n] =
+          key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
     }
   };
   const auto load_keys = [&](QTile to, int buffer, long long value_offset) {
@@ -85,9 +87,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
 
   // Load the queries and the first keys.
   load_tile<kBlockM, kThreads, true>(q_tile, head_dim, 1, q, [&](int m) {
-    return first_row + m < num_rows
-               ? q + static_cast<long long>(tile.begin + token_of(m)) * q_stride + static_cast<long long>(head_of(m)) * head_dim
-               : nullptr;
+    return first_row + m < num_rows ? q + static_cast<long long>(tile.begin + token_of(m)) * q_stride +
+                                          static_cast<long long>(head_of(m)) * head_dim
+                                    : nullptr;
   });
   locate(0, 0);
   __syncthreads();
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
       for (int j = 0; j < 4; ++j) acc[i][j] *= factors[j / 2];
     }
 
-    // Probabilities times values, 16 keys at a time: an accumulator of scores is laid out as the operand needs.
+    // Probabilities times values, 16 keys at a time: scores are laid out as that operand is.
     cp_async_wait<1>();
     __syncthreads();
 #pragma unroll
@@ -182,7 +184,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1)
     for (int i = 0; i < kHeadDim / 8; ++i) {
       const int d = i * 8 + lane % 4 * 2;
       if (d >= head_dim) continue;
-      const Vector<T, 2> pair{{from_float<T>(acc[i][2 * half] * inverse), from_float<T>(acc[i][2 * half + 1] * inverse)}};
+      const Vector<T, 2> pair{
+          {from_float<T>(acc[i][2 * half] * inverse), from_float<T>(acc[i][2 * half + 1] * inverse)}};
       *reinterpret_cast<Vector<T, 2>*>(out + row * head_dim + d) = pair;
     }
     if (lse != nullptr && lane % 4 == 0) lse[row] = softmax[half].lse(sum);

@@ -1,12 +1,13 @@
 // Keys and values of this step into their pages, for token t of sequence b at position
 // p = cache_lengths[b] + t - row_offsets[b], page = lookup_table[b, p / page_size], slot = p % page_size:
 //
-//   store_kv   blocks[page, 0, layer, slot, h, :]  = k[t, h, :]     blocks[page, 1, layer, slot, h, :]  = v[t, h, :]
-//   add_kv     blocks[page, 0, layer, slot, h, :] += k[t, h, :]     blocks[page, 1, layer, slot, h, :] += v[t, h, :]
+//   store_kv   blocks[page, 0, layer, slot, h, :]  = k[t, h, :]
+//              blocks[page, 1, layer, slot, h, :]  = v[t, h, :]
+//   add_kv     the same with +=
 //
-// A thread moves 16 bytes of the cache for a key and its value. Bound by memory: each element is read once and
-// written once (add_kv: read twice). A token without a valid page is skipped and reported; so are rows past
-// the last offset, unreported.
+// A thread moves 16 bytes of the cache for a key and its value. Bound by memory: each element is read once
+// and written once (add_kv: read twice). A token without a valid page is skipped and reported; so are rows
+// past the last offset, unreported.
 #include <common/paged_kv.cuh>
 #include <common/ragged.cuh>
 
@@ -17,12 +18,13 @@ constexpr int kThreads = 256;
 // Where a thread's 16 bytes are: rows of k and v, and the element of the cache they belong to.
 struct Target {
   long long row = 0;
-  int in_row = 0;         // element within [n_kv_heads, head_dim]
+  int in_row = 0;        // element within [n_kv_heads, head_dim]
   long long cache = -1;  // element of the key in the cache, or -1
 };
 
 template <typename T>
-__device__ Target target_of(const PagedKV<T>& cache, const int* row_offsets, int batch_size, int rows, unsigned* errors) {
+__device__ Target target_of(const PagedKV<T>& cache, const int* row_offsets, int batch_size, int rows,
+                            unsigned* errors) {
   constexpr int kVector = kPer16Bytes<T>;
   const int row_size = cache.n_kv_heads * cache.head_dim;
   const long long unit = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
@@ -42,16 +44,17 @@ __device__ Target target_of(const PagedKV<T>& cache, const int* row_offsets, int
 // Grid ceil(rows * n_kv_heads * head_dim / elements in 16 bytes / 256), both kernels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    store_kv_kernel(const T* __restrict__ k,  // [rows, n_kv_heads, head_dim], rows k_stride apart
-                    const T* __restrict__ v,  // [rows, n_kv_heads, head_dim], rows v_stride apart
+    store_kv_kernel(const T* __restrict__ k,              // [rows, n_kv_heads, head_dim], rows k_stride apart
+                    const T* __restrict__ v,              // [rows, n_kv_heads, head_dim], rows v_stride apart
                     const int* __restrict__ row_offsets,  // [batch_size + 1]
                     T* __restrict__ blocks,  // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
                     const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
                     const unsigned* __restrict__ cache_lengths,  // [batch_size]
-                    unsigned* errors, int rows, int batch_size, long long k_stride, long long v_stride, int num_pages,
-                    int max_pages, int num_layers, int layer_idx, int page_size, int n_kv_heads, int head_dim) {
+                    unsigned* errors, int rows, int batch_size, long long k_stride, long long v_stride,
+                    int num_pages, int max_pages, int num_layers, int layer_idx, int page_size,
+                    int n_kv_heads, int head_dim) {
   using Piece = Vector<T, kPer16Bytes<T>>;
-  const PagedKV<T> cache{blocks,    lookup_table, cache_lengths, num_pages,  max_pages,
+  const PagedKV<T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
                          num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
   check_offsets(row_offsets, batch_size, rows, errors);
   const Target target = target_of(cache, row_offsets, batch_size, rows, errors);
@@ -73,22 +76,24 @@ __device__ void add(T* cache, const In* delta) {
   for (int i = 0; i < kVector; i += kLoad) {
     const auto piece = *reinterpret_cast<const Vector<In, kLoad>*>(delta + i);
 #pragma unroll
-    for (int j = 0; j < kLoad; ++j) sums.at[i + j] = from_float<T>(to_float(sums.at[i + j]) + to_float(piece.at[j]));
+    for (int j = 0; j < kLoad; ++j)
+      sums.at[i + j] = from_float<T>(to_float(sums.at[i + j]) + to_float(piece.at[j]));
   }
   *target = sums;
 }
 
 template <typename T, typename In>
 __global__ void __launch_bounds__(kThreads)
-    add_kv_kernel(const In* __restrict__ k,  // [rows, n_kv_heads, head_dim], rows k_stride apart
-                  const In* __restrict__ v,  // [rows, n_kv_heads, head_dim], rows v_stride apart
+    add_kv_kernel(const In* __restrict__ k,             // [rows, n_kv_heads, head_dim], rows k_stride apart
+                  const In* __restrict__ v,             // [rows, n_kv_heads, head_dim], rows v_stride apart
                   const int* __restrict__ row_offsets,  // [batch_size + 1], may start above 0
                   T* __restrict__ blocks,  // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
                   const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
                   const unsigned* __restrict__ cache_lengths,  // [batch_size]
-                  unsigned* errors, int rows, int batch_size, long long k_stride, long long v_stride, int num_pages,
-                  int max_pages, int num_layers, int layer_idx, int page_size, int n_kv_heads, int head_dim) {
-  const PagedKV<T> cache{blocks,    lookup_table, cache_lengths, num_pages,  max_pages,
+                  unsigned* errors, int rows, int batch_size, long long k_stride, long long v_stride,
+                  int num_pages, int max_pages, int num_layers, int layer_idx, int page_size, int n_kv_heads,
+                  int head_dim) {
+  const PagedKV<T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
                          num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
   const Target target = target_of(cache, row_offsets, batch_size, rows, errors);
   if (target.cache < 0) return;

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
                        int num_positions, int rotary_dim, bool rotate_last, int num_pages, int max_pages,
                        int num_layers, int layer_idx, int page_size, int n_kv_heads, int head_dim) {
   constexpr int kElements = 2 * kPairs;
-  const PagedKV<T> cache{blocks,    lookup_table, cache_lengths, num_pages,  max_pages,
+  const PagedKV<T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
                          num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
 
   // Which token, which head, which part of it.
@@ -79,8 +79,9 @@ __global__ void __launch_bounds__(kThreads)
   // What is not rotated is copied: part rotary_units + i is the i-th run outside the rotated part.
   const int rotary_start = rotate_last ? head_dim - rotary_dim : 0;
   if (!rotates) {
-    const int start = part < rotary_units ? rotary_start + part * kElements
-                                          : (rotate_last ? 0 : rotary_dim) + (part - rotary_units) * kElements;
+    const int start = part < rotary_units
+                          ? rotary_start + part * kElements
+                          : (rotate_last ? 0 : rotary_dim) + (part - rotary_units) * kElements;
     alignas(16) T run[kElements];
     load_run(run, from + start);
     store_run(to + start, run);
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kPairs; ++i) {
     // Interleaved, the two runs hold whole pairs one after the other; else real parts, then imaginary ones.
     T* re = kInterleaved ? (2 * i < kPairs ? &low[2 * i % kPairs] : &high[2 * i % kPairs]) : &low[i];
-    T* im = kInterleaved ? (2 * i + 1 < kPairs ? &low[(2 * i + 1) % kPairs] : &high[(2 * i + 1) % kPairs]) : &high[i];
+    T* im = kInterleaved ? (2 * i + 1 < kPairs ? &low[(2 * i + 1) % kPairs] : &high[(2 * i + 1) % kPairs])
+                         : &high[i];
     const float cos = angles[2 * i], sin = angles[2 * i + 1], real = to_float(*re), imaginary = to_float(*im);
     *re = from_float<T>(real * cos - imaginary * sin);
     *im = from_float<T>(real * sin + imaginary * cos);

@@ -25,8 +25,9 @@ struct Adapter {
   int rank = 0;
 };
 
-__device__ inline Adapter adapter_of(int group, int groups, const int* ids, const int* ranks, const int* slot_ranks,
-                                     int max_num_loras, int max_lora_rank, unsigned* errors) {
+__device__ inline Adapter adapter_of(int group, int groups, const int* ids, const int* ranks,
+                                     const int* slot_ranks, int max_num_loras, int max_lora_rank,
+                                     unsigned* errors) {
   Adapter adapter;
   if (group == groups || ids[group] < 0) return adapter;
   if (ids[group] >= max_num_loras) {
@@ -34,9 +35,10 @@ __device__ inline Adapter adapter_of(int group, int groups, const int* ids, cons
     return adapter;
   }
   adapter.slot = ids[group];
-  adapter.rank = max_lora_rank;
-  if (slot_ranks != nullptr) adapter.rank = min(adapter.rank, slot_ranks[adapter.slot]);
-  if (ranks != nullptr) adapter.rank = min(adapter.rank, ranks[group]);
+  unsigned rank = max_lora_rank;
+  if (slot_ranks != nullptr) rank = min(rank, static_cast<unsigned>(slot_ranks[adapter.slot]));
+  if (ranks != nullptr) rank = min(rank, static_cast<unsigned>(ranks[group]));
+  adapter.rank = static_cast<int>(rank);
   return adapter;
 }
 
@@ -44,15 +46,16 @@ __device__ inline Adapter adapter_of(int group, int groups, const int* ids, cons
 // over k: warp w takes 16-column steps w, w + 4, ..., and their four partial sums are added in order.
 template <typename T, int kBlockR, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    sgmv_shrink_kernel(const T* __restrict__ x,         // [total_tokens, in_dim]
-                       const T* __restrict__ lora_a,    // [max_num_loras, max_lora_rank, in_dim] by strides
-                       const int* __restrict__ ids,     // [groups]
-                       const int* __restrict__ ranks,   // [groups] or null
+    sgmv_shrink_kernel(const T* __restrict__ x,          // [total_tokens, in_dim]
+                       const T* __restrict__ lora_a,     // [max_num_loras, max_lora_rank, in_dim] by strides
+                       const int* __restrict__ ids,      // [groups]
+                       const int* __restrict__ ranks,    // [groups] or null
                        const int* __restrict__ offsets,  // [groups + 1]
                        const int* __restrict__ slot_ranks,  // [max_num_loras] or null
-                       float* __restrict__ h,           // [total_tokens, max_lora_rank]
+                       float* __restrict__ h,               // [total_tokens, max_lora_rank]
                        unsigned* errors, int total_tokens, int groups, int in_dim, int max_num_loras,
-                       int max_lora_rank, long long a_slot_stride, long long a_rank_stride, long long a_stride) {
+                       int max_lora_rank, long long a_slot_stride, long long a_rank_stride,
+                       long long a_stride) {
   constexpr int kBlockK = 256 / sizeof(T);
   constexpr int kStages = 2;
   using XTile = SharedTile<T, kBlockK>;
@@ -72,7 +75,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Shared memory: two stages of x and A; later the partial sums.
   SharedMemory shared;
   T* stages = shared.take<T>(kStages * (kBlockM + kBlockR) * XTile::kStride);
-  const auto x_tile = [&](int stage) { return XTile{stages + stage % kStages * (kBlockM + kBlockR) * XTile::kStride}; };
+  const auto x_tile = [&](int stage) {
+    return XTile{stages + stage % kStages * (kBlockM + kBlockR) * XTile::kStride};
+  };
   const auto a_tile = [&](int stage) { return ATile{x_tile(stage).at(kBlockM, 0)}; };
 
   // Load 16 rows of x and kBlockR rows of A, columns k .. k + kBlockK.
@@ -81,9 +86,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tile<kBlockM, kThreads, kAligned>(x_tile(stage), static_cast<int>(in_dim - k), 1, x, [&](int i) {
       return row + i < tile.end ? x + static_cast<long long>(row + i) * in_dim + k : nullptr;
     });
-    load_tile<kBlockR, kThreads, kAligned>(a_tile(stage), static_cast<int>(in_dim - k), a_stride, lora_a, [&](int i) {
-      return first_rank + i < adapter.rank ? a + i * a_rank_stride + k * a_stride : nullptr;
-    });
+    load_tile<kBlockR, kThreads, kAligned>(
+        a_tile(stage), static_cast<int>(in_dim - k), a_stride, lora_a, [&](int i) {
+          return first_rank + i < adapter.rank ? a + i * a_rank_stride + k * a_stride : nullptr;
+        });
     cp_async_commit();
   };
 
@@ -117,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Add the four warps' sums and store.
   float* sums = reinterpret_cast<float*>(stages);  // [kWarps, kBlockM, kBlockR]
-  static_assert(kWarps * kBlockM * kBlockR * sizeof(float) <= kStages * (kBlockM + kBlockR) * XTile::kStride * sizeof(T),
+  static_assert(kWarps * kBlockM * kBlockR * sizeof(float) <=
+                    kStages * (kBlockM + kBlockR) * XTile::kStride * sizeof(T),
                 "the partial sums fit where the stages were");
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
@@ -158,17 +165,17 @@ __device__ float row_scale(const float* h_row, int rank) {
 // when y is stored.
 template <typename T, typename Out, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    sgmv_expand_kernel(const float* __restrict__ h,     // [total_tokens, max_lora_rank]
-                       const T* __restrict__ lora_b,    // [max_num_loras, out_dim, max_lora_rank] by strides
-                       const T* __restrict__ bias,      // [max_num_loras, out_dim] or null
-                       const int* __restrict__ ids,     // [groups]
-                       const int* __restrict__ ranks,   // [groups] or null
+    sgmv_expand_kernel(const float* __restrict__ h,      // [total_tokens, max_lora_rank]
+                       const T* __restrict__ lora_b,     // [max_num_loras, out_dim, max_lora_rank] by strides
+                       const T* __restrict__ bias,       // [max_num_loras, out_dim] or null
+                       const int* __restrict__ ids,      // [groups]
+                       const int* __restrict__ ranks,    // [groups] or null
                        const int* __restrict__ offsets,  // [groups + 1]
                        const int* __restrict__ slot_ranks,  // [max_num_loras] or null
-                       Out* __restrict__ y,             // [total_tokens, out_dim], rows y_stride apart
+                       Out* __restrict__ y,                 // [total_tokens, out_dim], rows y_stride apart
                        unsigned* errors, int total_tokens, int groups, int out_dim, int max_num_loras,
-                       int max_lora_rank, long long b_slot_stride, long long b_rank_stride, long long b_stride,
-                       long long y_stride) {
+                       int max_lora_rank, long long b_slot_stride, long long b_rank_stride,
+                       long long b_stride, long long y_stride) {
   constexpr int kBlockN = 128;
   constexpr int kWarpN = kBlockN / kWarps;
   constexpr int kBlockR = 16;

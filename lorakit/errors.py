@@ -10,7 +10,7 @@ from __future__ import annotations
 from lorakit import jit
 
 # The bits of cuda_src/common/errors.cuh.
-_MEANINGS = {
+MEANINGS = {
     1: "a slot in lora_ids is not below max_num_loras (treated as a base row)",
     2: "a page in lookup_table is missing or not below num_pages (skipped on store, masked on read)",
     4: "a position is past the end of freqs_cis (clamped to its last row)",
@@ -30,6 +30,6 @@ def check_errors() -> None:
     """
     problems = []
     for place, bits in jit.take_errors():
-        problems += [f"{place}: {text}" for bit, text in _MEANINGS.items() if bits & bit]
+        problems += [f"{place}: {text}" for bit, text in MEANINGS.items() if bits & bit]
     if problems:
         raise DeviceValueError("; ".join(problems))

@@ -7,6 +7,8 @@ namespace lorakit {
 
 enum Error : unsigned { kBadSlot = 1, kBadPage = 2, kBadPosition = 4, kBadOffsets = 8 };
 
-__device__ inline void report(unsigned* errors, Error error) { atomicOr(errors, static_cast<unsigned>(error)); }
+__device__ inline void report(unsigned* errors, Error error) {
+  atomicOr(errors, static_cast<unsigned>(error));
+}
 
 }  // namespace lorakit

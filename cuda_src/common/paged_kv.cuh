@@ -21,12 +21,15 @@ struct PagedKV {
   __device__ long long key_offset(int sequence, long long position, int head, unsigned* errors) const {
     const long long logical_page = position / page_size;
     unsigned page = static_cast<unsigned>(num_pages);
-    if (logical_page < max_pages) page = lookup_table[static_cast<long long>(sequence) * max_pages + logical_page];
+    if (logical_page < max_pages) {
+      page = lookup_table[static_cast<long long>(sequence) * max_pages + logical_page];
+    }
     if (page >= static_cast<unsigned>(num_pages)) {
       report(errors, kBadPage);
       return -1;
     }
-    const long long slot = (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + position % page_size;
+    const long long slot =
+        (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + position % page_size;
     return (slot * n_kv_heads + head) * head_dim;
   }
 };

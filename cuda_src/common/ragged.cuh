@@ -38,8 +38,9 @@ __device__ Tile tile_of(long long item, const int* offsets, int count, int total
   tile.begin = min(max(offsets[tile.segment], 0), total);
   tile.end = tile.segment == count ? total : min(max(offsets[tile.segment + 1], tile.begin), total);
   const long long row = (item - start(tile.segment)) * kTile;
-  if (row < 0 || row >= static_cast<long long>(total) * units) tile.end = tile.begin;  // bad offsets, or no row left
-  tile.row = static_cast<int>(row);
+  const bool possible = row >= 0 && row < static_cast<long long>(total) * units;
+  tile.row = possible ? static_cast<int>(row) : 0;
+  if (!possible) tile.end = tile.begin;  // bad offsets
   return tile;
 }
 

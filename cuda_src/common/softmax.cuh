@@ -11,7 +11,7 @@ constexpr float kProbabilityShift = 14.0f;
 
 struct SoftmaxRow {
   float largest = -infinity();  // of all scores so far
-  float sum = 0.0f;           // of the probabilities this lane made
+  float sum = 0.0f;             // of the probabilities this lane made
 
   // Take in the largest score of a tile; returns what all earlier probabilities must be multiplied with.
   __device__ float raise(float tile_largest) {

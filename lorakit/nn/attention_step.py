@@ -66,8 +66,6 @@ class AttentionStep(NamedTuple):
             lookup_table=(here["lookup_table"], "batch_size max_pages"),
         )
         checks.check_contiguous(x=x, blocks=blocks)
-        index = integer(layer_idx, "layer_idx")
-        checks.check_layer_idx(index, sizes["layers"])
 
         kv, host_kv = (
             PagedKVCacheCollection(
@@ -78,6 +76,7 @@ class AttentionStep(NamedTuple):
         offsets = host["input_row_offsets"]
         checks.check_offsets("input_row_offsets", offsets, sizes["total_tokens"], exact=True)
         checks.check_pages(host_kv, offsets)
+        index = integer(layer_idx, "layer_idx")  # its range is checked by the first op
         return cls(index, x, kv, here["input_row_offsets"], host_kv, offsets)
 
     def checked_table(self, freqs_cis: Array, layer: AttentionWithRope) -> Array:

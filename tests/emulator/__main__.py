@@ -1,4 +1,7 @@
-"""``python -m tests.emulator --sanitizer address pytest tests/...``: a command whose kernels are sanitized."""
+"""Runs a command whose kernels are compiled with a sanitizer.
+
+For example ``python -m tests.emulator --sanitizer address pytest tests/emulator``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Emulated device arrays and the backend that runs kernels on them, called like the CuPy backend."""
+"""Emulated device arrays, and the backend that runs kernels on them as CuPy's does on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -22,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEDULES = ("in_order", "lifo", "random")
 _GUARD_BYTES = 512
 _ALIGNMENT = 256  # of a device allocation
+_MOST_SHARED_BYTES = 227 * 1024  # of a block on sm_90
 _NAN_BYTE = 0xFF  # four or two of them make a NaN
 
 
@@ -41,14 +41,15 @@ class KernelInstance(Protocol):
 class EmulatedArray(np.ndarray[Any, Any]):
     """An array in the memory of the emulated device: a NumPy array that ops run kernels on.
 
-    Slices and results of NumPy functions are emulated arrays too; `numpy.asarray` gives a plain view.
+    Slices and results of NumPy functions are emulated arrays too; `numpy.asarray` gives a
+    plain view.
     """
 
     lorakit_backend: ClassVar[Emulator]
 
 
 class _Allocation(np.ndarray[Any, Any]):
-    """Bytes of one device allocation: guard, array, guard. Views find it at the end of their ``base``."""
+    """Bytes of one device allocation: guard, array, guard. The last ``base`` of its views."""
 
     begin: int  # the array's place in it
     end: int
@@ -90,7 +91,7 @@ class Emulator:
         schedule: The order in which threads and blocks run: one of `SCHEDULES`.
         seed: Of the random schedule.
         seconds: Time on the CPU after which a launch counts as hung; not watched under "thread".
-        sanitizer: "", "address" or "thread"; needs a process started by ``python -m tests.emulator``.
+        sanitizer: "", "address" or "thread", of the process: set by ``python -m tests.emulator``.
         folders: Where kernel sources and their headers are looked for.
     """
 
@@ -114,9 +115,9 @@ class Emulator:
         """A new array of NaN bytes, so that what a kernel forgets to write shows."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        memory = np.full(size + 2 * _GUARD_BYTES + _ALIGNMENT, _NAN_BYTE, np.uint8).view(
-            _Allocation
-        )
+        # NumPy allocates this much with malloc, without keeping freed memory for itself.
+        memory = _Allocation(size + 2 * _GUARD_BYTES + _ALIGNMENT, np.uint8)
+        memory.fill(_NAN_BYTE)
         address = memory.ctypes.data + _GUARD_BYTES
         memory.begin = _GUARD_BYTES + -address % _ALIGNMENT
         memory.end = memory.begin + size
@@ -129,12 +130,19 @@ class Emulator:
         array.fill(0)
         return array
 
+    def full(self, shape: int | Sequence[int], dtype: DTypeLike, value: float) -> EmulatedArray:
+        array = self.empty(shape, dtype)
+        array.fill(value)
+        return array
+
     def asarray(self, array: Any) -> EmulatedArray:
-        """A copy in the device's memory; emulated arrays pass as they are."""
+        """A copy on the device, its axes in the same order; emulated arrays pass as they are."""
         if isinstance(array, EmulatedArray):
             return array
         array = np.asarray(array)
-        copy = self.empty(array.shape, array.dtype)
+        order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+        copy = self.empty([array.shape[axis] for axis in order], array.dtype)
+        copy = copy.transpose(np.argsort(order))
         copy[...] = array
         return copy
 
@@ -179,14 +187,15 @@ class Emulator:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
         block = instance.threads if isinstance(instance.threads, tuple) else (instance.threads,)
-        for sizes, what, most in ((tuple(grid), "grid", 2**31 - 1), (block, "block", 1024)):
-            if not 1 <= len(sizes) <= 3 or min(sizes) < 1 or math.prod(sizes) > most:
-                raise ValueError(f"{instance.name}: a {what} of {sizes} cannot be launched")
+        _check_sizes(instance.name, tuple(grid), block, instance.shared_bytes)
         library = self._library(instance)
         codes = library.emulator_signature().decode().split()
         if len(codes) != len(args):
             raise TypeError(f"{instance.name} takes {len(codes)} arguments, got {len(args)}")
-        values = [_argument(instance.name, i, *pair) for i, pair in enumerate(zip(codes, args))]
+        values = [
+            _argument(instance.name, index, code, value)
+            for index, (code, value) in enumerate(zip(codes, args, strict=True))
+        ]
         error = ctypes.create_string_buffer(64 * 1024)
         launch = _Launch(
             instance.name.encode(),
@@ -224,12 +233,29 @@ class Emulator:
         return library
 
 
+def _check_sizes(
+    kernel: str, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int
+) -> None:
+    """The limits of every GPU that lorakit runs on."""
+    for sizes, what, limits in (
+        (grid, "grid", (2**31 - 1, 65535, 65535)),
+        (block, "block", (1024, 1024, 64)),
+    ):
+        fits = all(1 <= size <= limit for size, limit in zip(sizes, limits, strict=False))
+        if not 1 <= len(sizes) <= 3 or not fits or (what == "block" and math.prod(sizes) > 1024):
+            raise ValueError(f"{kernel}: a {what} of {sizes} cannot be launched")
+    if shared_bytes > _MOST_SHARED_BYTES:
+        raise ValueError(
+            f"{kernel}: {shared_bytes} bytes of shared memory, a block has {_MOST_SHARED_BYTES}"
+        )
+
+
 def _argument(kernel: str, index: int, code: str, value: Any) -> np.ndarray[Any, Any]:
     """The bytes of one argument, checked against the kernel's parameter as no GPU would."""
     wanted = f"{kernel}: argument {index} must be {code.replace('*', 'an array of ')}"
     if value is None:
         value = np.uintp(0)
-    elif isinstance(value, bool | int | float):  # as lorakit.jit passes them to a GPU
+    elif type(value) in (bool, int, float):  # as lorakit.jit passes them to a GPU
         value = {bool: np.bool_, int: np.int32, float: np.float32}[type(value)](value)
     if code.startswith("*"):
         if isinstance(value, np.uintp) and value == 0:
@@ -247,11 +273,7 @@ def _argument(kernel: str, index: int, code: str, value: Any) -> np.ndarray[Any,
 
 def _fits(code: str, dtype: np.dtype[Any]) -> bool:
     """Integers of one size pass for each other, signed or not."""
-    if code == "?":
-        return True
-    if code == "bfloat16":
-        return dtype == ml_dtypes.bfloat16
-    return dtype == code or (dtype.kind == "u" and code.startswith("int") and dtype == "u" + code)
+    return code == "?" or dtype.name in (code, f"u{code}")
 
 
 def _damage(kernel: str, args: Sequence[Any]) -> str:

@@ -1,7 +1,7 @@
-"""Compiles the emulator's runtime and kernel instances with g++, each once: libraries are kept on disk.
+"""Compiles the emulator's runtime and kernel instances with g++, each once.
 
-A library's file name holds a digest of all that goes into it, and it appears by a rename, so that several
-processes (pytest-xdist) can share the folder ``$LORAKIT_EMULATOR_CACHE``.
+Libraries are kept in the folder ``$LORAKIT_EMULATOR_CACHE``. A library's name holds a digest of all
+that goes into it, and it appears by a rename: several processes (pytest-xdist) can share the folder.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
 KERNELS = HERE / "kernels"
 
+# DWARF 4: addr2line of binutils 2.40 gives wrong file names for version 5.
 COMMON_FLAGS = ("-std=c++17", "-gdwarf-4", "-fPIC", "-shared", "-fvisibility=hidden")
-# The runtime is never instrumented. Its loops must stay loops: as calls of memset and memcpy, sanitizers
-# would check them.
+# The runtime is never instrumented. Its loops must stay loops: as calls of memset and memcpy,
+# sanitizers would check them.
 RUNTIME_FLAGS = (*COMMON_FLAGS, "-O2", "-Wall", "-Wextra", "-fno-tree-loop-distribute-patterns")
-# addr2line of binutils 2.40 gives wrong file names for DWARF 5.
-# Kernels reinterpret vectors, and the device never contracts what it is not told to. Function-local statics
-# of templates must not be shared between libraries (-fno-gnu-unique): static shared memory is made of them.
+# Kernels reinterpret vectors. Static shared memory is made of function-local statics; those of
+# templates must not be shared between libraries (-fno-gnu-unique).
 KERNEL_FLAGS = (
     *COMMON_FLAGS,
     "-fno-strict-aliasing",
     "-ffp-contract=off",
     "-fno-gnu-unique",
-    "-Wno-attributes",
 )
 # What AddressSanitizer or a fault shows anyway is left out of UBSan, and checks are calls: unrolled
 # loops compile three times as fast.
@@ -89,7 +88,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def cuda_include() -> Path:
-    """The folder of NVIDIA's ``cuda_fp16.h`` and ``cuda_bf16.h``: from their wheel, or a CUDA toolkit.
+    """The folder of NVIDIA's ``cuda_fp16.h`` and ``cuda_bf16.h``: their wheel's, or a toolkit's.
 
     Raises:
         EmulatorError: Neither is installed.

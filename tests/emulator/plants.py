@@ -1,5 +1,8 @@
-"""Small kernels that the sanitizers must report, or must not: run by test_sanitizers.py in a process of their
-own, under a sanitizer. Prints a JSON object of the message of each, empty where none was raised."""
+"""Small kernels that the sanitizers must report, or must not.
+
+test_sanitizers.py runs this in a process under a sanitizer. It prints a JSON object: for each plant
+and each schedule the message that was raised, or an empty string.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,12 @@ PLANTS: dict[str, dict[str, Plant]] = {
             "threads.cu", "warp_race_kernel<false>", 32, 0, (_ints(32),), _RACE.format("warp_race")
         ),
         "missing second barrier": Plant(
-            "threads.cu", "neighbour_kernel<false>", 64, 0, (_ints(64), 3), _RACE.format("neighbour")
+            "threads.cu",
+            "neighbour_kernel<false>",
+            64,
+            0,
+            (_ints(64), 3),
+            _RACE.format("neighbour"),
         ),
         "missing barrier after a copy": Plant(
             "copies.cu",

@@ -1,8 +1,8 @@
 """Runs processes under the sanitizers' runtimes, and turns their reports into messages.
 
 AddressSanitizer (with UndefinedBehaviorSanitizer) and ThreadSanitizer must be in a process from its
-start, so they are preloaded; only kernels are instrumented. What they report during a launch goes to
-a file and becomes the message of an `EmulatorError`; the process lives on.
+start, so they are preloaded; only kernels are instrumented. What they report during a launch goes
+to a file and becomes the message of an `EmulatorError`; the process lives on.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _file() -> IO[bytes]:
 def reports(runtime: ctypes.CDLL) -> Iterator[list[str]]:
     """Collects what is reported in the block: a list that has one text at its end.
 
-    Sanitizers write to file descriptor 2, which is led elsewhere for a while; should one of them end
-    the process, `runtime` shows what it said.
+    Sanitizers write to file descriptor 2, which is led elsewhere for a while; should one of them
+    end the process, `runtime` shows what it said.
     """
     file = _file()
     file.seek(0)

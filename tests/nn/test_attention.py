@@ -200,6 +200,25 @@ def test_clip_qkv_clamps_base_weights_of_q_k_v_only(
     assert_within_budget(y, s.model.rows(x), s.model.rows(x, dtype=dtype))
 
 
+def test_values_that_linear_cls_sets_are_kept(device: DeviceRef, to_host: Any) -> None:
+    class Filled(Linear):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.weight[...] = self.out_dim
+
+    rope = RotaryEmbedding(96, 6, 1e4, 64, device)
+    layer = AttentionWithRope(
+        rope=rope,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        hidden_size=40,
+        kv_params=KVCacheParams(DType.float32, 2, 16, page_size=3),
+        devices=[device],
+        linear_cls=Filled,
+    )
+    assert to_host(layer.wqkv)[:, 0].tolist() == [96] * 96 + [32] * 64
+
+
 def test_linear_cls_makes_all_four(device: DeviceRef) -> None:
     calls: list[dict[str, Any]] = []
 

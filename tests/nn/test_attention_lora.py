@@ -294,6 +294,27 @@ def test_fused_qkv_lora_twice_adds_twice(device: DeviceRef, to_device: Any, to_h
     assert once.any()
 
 
+def test_fused_qkv_lora_heeds_slot_ranks_and_biases(
+    device: DeviceRef, to_device: Any, to_host: Any
+) -> None:
+    s = with_adapters(device, linear_cls=partial(LinearLoRA, has_lora_bias=True))
+    s.manager.blocks[...] = 0
+    biases = []
+    for i, lora in enumerate(s.layer.qkv_loras):
+        lora.set_slot_rank(0, i + 1)
+        biases.append(normal(50 + i, lora.out_dim))
+        lora.state_dict()["lora.bias"][0] = to_device(biases[i])
+    claim(s.manager, ["a"])
+    collection, x = s.manager.fetch(["a"], [3]), s.tokens(30, 3)
+    set_batch(s, [0], [3])
+    q = to_host(s.layer.fused_qkv_lora(to_device(x), collection, offsets(3), 1))
+    k, v = cached(s, "a", to_host)
+    for i, (name, actual) in enumerate((("q", q), ("k", k), ("v", v))):
+        a, b = adapter_of(s, 0, to_host)[name]
+        exact = wide(x) @ a[: i + 1].T @ b[:, : i + 1].T + biases[i]
+        np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_fused_qkv_lora_needs_info_and_lora_layers(device: DeviceRef, to_device: Any) -> None:
     s = with_adapters(device)
     claim(s.manager, ["a"])

@@ -294,6 +294,7 @@ def test_several_steps(device: DeviceRef, to_device: Any, to_host: Any) -> None:
     assert second.blocks is m.blocks
     third = m.increment_cache_lengths(second, to_device(offsets(1, 1).astype(np.int32)))
     assert to_host(third.cache_lengths).tolist() == [8, 3]
+    assert to_host(third.cache_lengths).dtype == np.uint32
     with pytest.raises(ValueError, match="collection must have a step left"):
         m.increment_cache_lengths(third, offsets(1, 1))
     with pytest.raises(ValueError, match="input_row_offsets has batch_size = 1"):

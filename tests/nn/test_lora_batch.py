@@ -115,6 +115,8 @@ def test_sorting_is_stable_descending_and_can_be_undone() -> None:
     assert order.tolist() == [0, 3, 2, 5, 1, 4]
     results = [adapters[b] for b in order]
     assert [results[i] for i in inverse] == adapters
+    order, _ = sort_lora_batch([1, 0] * 50)
+    assert order.tolist() == [*range(0, 100, 2), *range(1, 100, 2)]
 
 
 @given(st.lists(st.integers(-3, 5), max_size=20))

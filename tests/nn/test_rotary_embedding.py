@@ -186,7 +186,7 @@ def yarn(theta: float, dim: int, params: YarnScalingParams) -> list[float]:
         pytest.param(
             64,
             1e4,
-            YarnScalingParams(4.0, 32.0, 1.0, 512, True, mscale=1.0, mscale_all_dim=0.0),
+            YarnScalingParams(4.0, 32.0, 1.0, 512, True, mscale=0.0, mscale_all_dim=1.0),
             0.1 * math.log(4) + 1,
             id="an mscale of 0 is unset",
         ),

@@ -27,7 +27,7 @@ __global__ void shuffles_kernel(int* out) {
   out[0 * 32 + lane] = __shfl_sync(0xffffffffu, lane, 5, 8);
   out[1 * 32 + lane] = __shfl_xor_sync(0xffffffffu, lane, 3);
   out[2 * 32 + lane] = __shfl_down_sync(0xffffffffu, lane, 2, 16);
-  out[3 * 32 + lane] = int(__shfl_up_sync(0xffffffffu, float(lane), 1));
+  out[3 * 32 + lane] = int(__shfl_down_sync(0xffffffffu, float(lane), 1));
   // Half-warps apart from each other.
   unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
   if (lane < 16) {

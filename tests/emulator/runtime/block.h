@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdarg>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -65,15 +66,14 @@ class Ready {
   void reset(Schedule schedule, unsigned long long seed);
   void push(Thread* thread) { threads_.push_back(thread); }
   Thread* pop();  // null when there is none
-  void clear();
+  void clear() { threads_.clear(); }
   // The order in which the blocks of a grid run.
   std::vector<unsigned> block_order(unsigned count);
 
  private:
   Schedule schedule_ = kInOrder;
   std::mt19937_64 random_;
-  std::vector<Thread*> threads_;
-  size_t begin_ = 0;  // in order: those before were taken
+  std::deque<Thread*> threads_;
 };
 
 struct Block {

@@ -139,17 +139,15 @@ struct ShuffleOperand {
   int bad_source;  // a lane that the caller must not read, or -1
 };
 
+// PTX ISA, shfl.sync. A lane may read from an earlier segment of `width` lanes, but not from a later one.
 int source_lane(const ShuffleOperand& s, int lane) {
   const int first = lane & ~(s.width - 1);
   const int last = first + s.width - 1;
-  int source = lane;
-  switch (s.kind) {
-    case Shuffle::kIndex: return first + (s.operand & (s.width - 1));
-    case Shuffle::kUp: source = lane - s.operand; break;
-    case Shuffle::kDown: source = lane + s.operand; break;
-    case Shuffle::kXor: return (lane ^ s.operand) > last ? lane : lane ^ s.operand;
-  }
-  return source < first || source > last ? lane : source;  // out of range: one's own value
+  const int operand = s.operand & (kWarpSize - 1);
+  int source = first + (operand & (s.width - 1));
+  if (s.kind == Shuffle::kDown) source = lane + operand;
+  if (s.kind == Shuffle::kXor) source = lane ^ operand;
+  return source > last ? lane : source;  // out of range: one's own value
 }
 
 void complete_shuffle(void* const (&operands)[kWarpSize]) {
@@ -177,7 +175,7 @@ void complete_vote(void* const (&operands)[kWarpSize]) {
   }
 }
 
-const char* const kShuffleNames[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+const char* const kShuffleNames[] = {"__shfl_sync", "__shfl_down_sync", "__shfl_xor_sync"};
 
 }  // namespace
 

@@ -1,6 +1,5 @@
 #include "fiber.h"
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <sys/mman.h>
@@ -20,7 +19,7 @@ Fiber* g_to = nullptr;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(EMULATOR_ASSEMBLY)
 
 // Saves the registers that a call preserves, changes stacks, and returns to where the other fiber left.
 extern "C" void emulator_switch_stack(void** save, void* load);
@@ -60,7 +59,7 @@ void Fiber::allocate_stack() {
   stack_bytes_ = kStackBytes;
 }
 
-void Fiber::prepare(void (*entry)(), const char* name) {
+void Fiber::prepare(void (*entry)(), int number) {
   if (stack_ == nullptr) allocate_stack();
   unpoison(stack_, kStackBytes);  // frames of an abandoned run
   fake_stack_ = nullptr;
@@ -72,11 +71,13 @@ void Fiber::prepare(void (*entry)(), const char* name) {
     }
     if (tsan_ == nullptr) {
       tsan_ = __tsan_create_fiber(0);
+      char name[32];
+      std::snprintf(name, sizeof(name), "thread %d", number);
       __tsan_set_fiber_name(tsan_, name);
     }
   }
   abandoned_ = false;
-#if defined(__x86_64__)
+#if defined(EMULATOR_ASSEMBLY)
   // As if `entry` had been called by nobody: its return address is 0, where a debugger's backtrace ends.
   auto** top = reinterpret_cast<void**>(stack_ + kStackBytes);
   top[-1] = nullptr;
@@ -102,7 +103,7 @@ void Fiber::switch_to(Fiber& from, Fiber& to) {
     if (from.tsan_ == nullptr) from.tsan_ = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(to.tsan_, /*flags: no synchronisation*/ 1);
   }
-#if defined(__x86_64__)
+#if defined(EMULATOR_ASSEMBLY)
   emulator_switch_stack(&from.stack_pointer_, to.stack_pointer_);
 #else
   swapcontext(&from.context_, &to.context_);

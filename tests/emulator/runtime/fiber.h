@@ -3,7 +3,9 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_ASSEMBLY
+#else
 #include <ucontext.h>
 #endif
 
@@ -17,8 +19,8 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   // Readies the fiber to begin at `entry`, which must not return. Whatever it did before is abandoned.
-  // The name is for ThreadSanitizer's reports.
-  void prepare(void (*entry)(), const char* name);
+  // The number names it in ThreadSanitizer's reports.
+  void prepare(void (*entry)(), int number);
 
   // Leaves `from`, the running fiber, for `to`. Returns when somebody switches back.
   static void switch_to(Fiber& from, Fiber& to);
@@ -32,7 +34,7 @@ class Fiber {
   void arrive();
 
   unsigned char* stack_ = nullptr;
-#if defined(__x86_64__)
+#if defined(EMULATOR_ASSEMBLY)
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;

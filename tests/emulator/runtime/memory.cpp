@@ -1,6 +1,4 @@
 // Shared memory and asynchronous copies.
-#include <cstdint>
-
 #include "block.h"
 #include "sanitizers.h"
 
@@ -10,7 +8,7 @@ namespace {
 
 constexpr unsigned kGap = 256;              // between two arrays of dynamic shared memory, and after the last
 constexpr unsigned kMostArrays = 64;        // more than any kernel takes
-constexpr unsigned kMostBytes = 227 * 1024;  // per block on sm_90
+constexpr unsigned kMostBytes = 227 * 1024;  // of a block on any device; backend.py knows it too
 constexpr unsigned char kNaN = 0xff;        // bytes that make a NaN of every float type
 
 alignas(1024) unsigned char g_arena[kMostBytes + kMostArrays * kGap];

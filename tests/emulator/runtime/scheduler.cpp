@@ -30,25 +30,18 @@ char g_block_begins, g_block_ends;  // for ThreadSanitizer: blocks run one after
 void Ready::reset(Schedule schedule, unsigned long long seed) {
   schedule_ = schedule;
   random_.seed(seed);
-  clear();
-}
-
-void Ready::clear() {
   threads_.clear();
-  begin_ = 0;
 }
 
 Thread* Ready::pop() {
-  if (begin_ == threads_.size()) return nullptr;
-  Thread* thread;
+  if (threads_.empty()) return nullptr;
+  if (schedule_ == kRandom) std::swap(threads_[random_() % threads_.size()], threads_.back());
+  Thread* thread = schedule_ == kInOrder ? threads_.front() : threads_.back();
   if (schedule_ == kInOrder) {
-    thread = threads_[begin_++];
+    threads_.pop_front();
   } else {
-    if (schedule_ == kRandom) std::swap(threads_[random_() % threads_.size()], threads_.back());
-    thread = threads_.back();
     threads_.pop_back();
   }
-  if (begin_ == threads_.size()) clear();
   return thread;
 }
 
@@ -105,7 +98,7 @@ void run_block() {
     thread.delivered = 0;
     thread.groups = 0;
     thread.warp->live |= 1u << (i % kWarpSize);
-    thread.fiber.prepare(thread_main, format("thread %d", i).c_str());
+    thread.fiber.prepare(thread_main, i);
     block.ready.push(&thread);
   }
   fill_shared_memory();

@@ -8,7 +8,7 @@ namespace lorakit {
 
 class SharedMemory {
  public:
-  SharedMemory() = default;
+  SharedMemory() {}
 
   template <typename T>
   T* take(int count, emulator::Site site = emulator::Site::here()) {

@@ -40,12 +40,6 @@ T __shfl_sync(unsigned mask, T value, int lane, int width = 32, emulator::Site s
 }
 
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                 emulator::Site site = emulator::Site::here()) {
-  return emulator::shuffle_value(emulator::Shuffle::kUp, mask, value, int(delta), width, site);
-}
-
-template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
                    emulator::Site site = emulator::Site::here()) {
   return emulator::shuffle_value(emulator::Shuffle::kDown, mask, value, int(delta), width, site);
@@ -71,37 +65,21 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulat
 
 // ---- Memory. A thread runs until it waits, so an atomic needs no lock; the built-ins tell TSan what it is.
 
-namespace emulator {
-
-template <typename T, typename Update>
-T update_atomically(T* address, Update update) {
-  T before, after;
-  __atomic_load(address, &before, __ATOMIC_RELAXED);
-  after = update(before);
-  __atomic_store(address, &after, __ATOMIC_RELAXED);
-  return before;
-}
-
-}  // namespace emulator
-
 inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
-inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-}
 inline float atomicAdd(float* address, float value) {
-  return emulator::update_atomically(address, [value](float before) { return before + value; });
+  float before, after;
+  __atomic_load(address, &before, __ATOMIC_RELAXED);
+  after = before + value;
+  __atomic_store(address, &after, __ATOMIC_RELAXED);
+  return before;
 }
 inline int atomicOr(int* address, int value) { return __atomic_fetch_or(address, value, __ATOMIC_RELAXED); }
 inline unsigned atomicOr(unsigned* address, unsigned value) {
   return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }
-inline int atomicMax(int* address, int value) {
-  return emulator::update_atomically(address, [value](int before) { return before < value ? value : before; });
-}
-
 template <typename T>
 T __ldg(const T* address) {
   return *address;
@@ -116,8 +94,6 @@ T __ldg(const T* address) {
   inline T max(T a, T b) { return a < b ? b : a; }
 EMULATOR_MIN_MAX(int)
 EMULATOR_MIN_MAX(unsigned)
-EMULATOR_MIN_MAX(long)
-EMULATOR_MIN_MAX(unsigned long)
 EMULATOR_MIN_MAX(long long)
 EMULATOR_MIN_MAX(unsigned long long)
 #undef EMULATOR_MIN_MAX
@@ -132,7 +108,6 @@ inline unsigned max(unsigned a, int b) { return max(a, unsigned(b)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float a, float b) { return a / b; }
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -146,7 +121,3 @@ inline unsigned __float_as_uint(float value) {
 }
 inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
 inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
-
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }

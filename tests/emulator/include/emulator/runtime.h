@@ -45,7 +45,7 @@ EMULATOR_API int run(const Launch& launch, void (*thread)(void* closure), void* 
 EMULATOR_API void block_barrier(Site site);
 EMULATOR_API void warp_barrier(unsigned mask, Site site);
 
-enum class Shuffle { kIndex, kUp, kDown, kXor };
+enum class Shuffle { kIndex, kDown, kXor };
 EMULATOR_API unsigned long long shuffle(Shuffle kind, unsigned mask, unsigned long long bits, int operand,
                                         int width, Site site);
 

@@ -1,0 +1,119 @@
+"""Where kernels run: one test, two backends, the GPU or the emulator, by what there is or by option."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakit import errors, jit
+from lorakit.nn import DeviceRef, PagedKVCacheCollection
+from lorakit.testing import PagedCache
+from tests.emulator import emulator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=("auto", "gpu", "emulator"),
+        default="auto",
+        help="where kernel tests run: the GPU if there is one, else the emulator (auto)",
+    )
+
+
+@functools.cache
+def has_gpu() -> bool:
+    try:
+        return int(jit.import_cupy().cuda.runtime.getDeviceCount()) > 0
+    except Exception:
+        return False
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"lorakit: kernel tests run on {kernel_place(config)}"
+
+
+def kernel_place(config: pytest.Config) -> str:
+    """`gpu`, `emulator`, or why there is neither."""
+    chosen = config.getoption("--kernels")
+    if chosen == "auto":
+        chosen = "gpu" if has_gpu() else "emulator"
+    if chosen == "emulator" and shutil.which("g++") is None:
+        return "nothing: no GPU, and no g++ for the emulator"
+    return str(chosen)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Layers are tested on the CPU, and on the GPU where there is one."""
+    if "device" in metafunc.fixturenames:
+        devices = [DeviceRef.CPU()]
+        if metafunc.config.getoption("--kernels") != "emulator" and has_gpu():
+            devices.append(DeviceRef.GPU())
+        metafunc.parametrize("device", devices, ids=str)
+
+
+class KernelDevice:
+    """A place that runs kernels."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backend: Any = emulator if name == "emulator" else jit.cupy_backend(0)
+
+    def asarray(self, array: Any) -> Any:
+        """A copy on the device, of the same strides order (C)."""
+        return self.backend.asarray(np.ascontiguousarray(array))
+
+    def cache(self, cache: PagedCache) -> PagedKVCacheCollection:
+        """A copy of a cache on the device."""
+        return PagedKVCacheCollection(
+            self.asarray(cache.blocks),
+            self.asarray(cache.cache_lengths),
+            self.asarray(cache.lookup_table),
+            cache.max_lengths,
+        )
+
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        return np.array(array) if self.name == "emulator" else array.get()
+
+    def take_errors(self) -> str:
+        """What `lorakit.check_errors` says now; the empty string if nothing."""
+        if self.name == "emulator":
+            bits = int(self.backend.error_word()[0])
+            self.backend.error_word()[0] = 0
+            return "; ".join(text for bit, text in errors.MEANINGS.items() if bits & bit)
+        try:
+            errors.check_errors()
+        except errors.DeviceValueError as error:
+            return str(error)
+        return ""
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[KernelDevice]:
+    """The place that runs kernels; a test that leaves an error behind unread fails."""
+    place = kernel_place(request.config)
+    if place not in ("gpu", "emulator"):
+        pytest.skip(place)
+    device = KernelDevice(place)
+    device.take_errors()
+    yield device
+    assert device.take_errors() == ""
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Any:
+    """CuPy, for what only a GPU can show."""
+    if request.config.getoption("--kernels") == "emulator" or not has_gpu():
+        pytest.skip("needs a GPU")
+    return jit.import_cupy()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name only."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
