@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kThreads)
                   int head_dim) {
   const PagedKV<T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
                          num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+  check_offsets(row_offsets, batch_size, rows, errors, max(row_offsets[0], 0));
   const Target target = target_of(cache, row_offsets, batch_size, rows, errors);
   if (target.cache < 0) return;
   add(blocks + target.cache, k + target.row * k_stride + target.in_row);

@@ -11,6 +11,7 @@ CuPy.
 
 from lorakit import nn, ops
 from lorakit.errors import DeviceValueError, check_errors
+from lorakit.graph import Graph
 from lorakit.nn import (
     AttentionWithRope,
     AttentionWithRopeAndLoRA,
@@ -49,6 +50,7 @@ __all__ = [
     "DeviceRef",
     "DeviceValueError",
     "DynamicRotaryEmbedding",
+    "Graph",
     "KVCacheParams",
     "KVCacheStrategy",
     "Linear",

@@ -148,14 +148,15 @@ def check_ranks(name: str, ranks: Any) -> None:
 
 def check_pages(kv_collection: Any, input_row_offsets: Any, *, batch_offset: int = 0) -> None:
     """Every position of this step has a page inside the cache, as far as the host can see the arrays."""
-    arrays = (kv_collection.cache_lengths, kv_collection.lookup_table, input_row_offsets)
+    cached = kv_collection.cache_lengths
+    if jit.is_host(cached) and cached.size and int(cached.min()) < 0:
+        raise ValueError(f"cache_lengths must not be negative, got {int(cached.min())}")
+    arrays = (cached, kv_collection.lookup_table, input_row_offsets)
     if not all(jit.is_host(array) for array in arrays):
         return
     num_pages, page_size = kv_collection.blocks.shape[0], kv_collection.blocks.shape[3]
     new = np.diff(input_row_offsets.astype(np.int64))
-    lengths = (
-        kv_collection.cache_lengths.astype(np.int64)[batch_offset : batch_offset + len(new)] + new
-    )
+    lengths = cached.astype(np.int64)[batch_offset : batch_offset + len(new)] + new
     table = kv_collection.lookup_table[batch_offset : batch_offset + len(new)].astype(np.int64)
     for sequence, (length, row) in enumerate(zip(lengths, table, strict=True), start=batch_offset):
         needed = -(-int(length) // page_size)

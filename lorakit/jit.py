@@ -148,6 +148,7 @@ def _compile_error(source: str, names: Sequence[str], log: str) -> KernelCompile
 # ---- CuPy --------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def import_cupy() -> Any:
     """CuPy, whose import fails when its cache folder cannot be made: then with a temporary one."""
     folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
@@ -257,10 +258,10 @@ class CupyBackend:
 
 
 def narrow(value: Any) -> Any:
-    """A kernel argument: an int becomes int32 (`OverflowError` outside), a float float32, None a null pointer.
+    """A kernel argument: int to int32 (`OverflowError` outside), float to float32, None to a null pointer.
 
     CuPy would pass a Python int as 64 bits and a Python float as a double, whatever the kernel declares.
-    NumPy scalars and arrays pass as they are.
+    NumPy scalars, but for float64, which is a Python float, and arrays pass as they are.
     """
     if value is None:
         return np.uintp(0)

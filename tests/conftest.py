@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pytest
 from lorakit import errors, jit
 from lorakit.nn import DeviceRef, PagedKVCacheCollection
 from lorakit.testing import PagedCache
-from tests.emulator import emulator
+from tests import kernel_table
+from tests.emulator import EmulatorError, build, emulator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +26,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="auto",
         help="where kernel tests run: the GPU if there is one, else the emulator (auto)",
     )
+    parser.addoption(
+        "--no-memory-pool",
+        action="store_true",
+        help="every GPU array is an allocation of its own, as compute-sanitizer needs it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-memory-pool"):
+        jit.import_cupy().cuda.set_allocator(None)
 
 
 @functools.cache
@@ -43,8 +55,13 @@ def kernel_place(config: pytest.Config) -> str:
     chosen = config.getoption("--kernels")
     if chosen == "auto":
         chosen = "gpu" if has_gpu() else "emulator"
-    if chosen == "emulator" and shutil.which("g++") is None:
-        return "nothing: no GPU, and no g++ for the emulator"
+    if chosen == "emulator":
+        if shutil.which(build.compiler()) is None:
+            return f"nothing: no GPU, and no {build.compiler()} for the emulator"
+        try:
+            build.cuda_include()
+        except EmulatorError as error:
+            return f"nothing: no GPU, and for the emulator: {error}"
     return str(chosen)
 
 
@@ -117,3 +134,21 @@ def gpu(request: pytest.FixtureRequest) -> Any:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that depend on the test's name only."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the compiled kernels take: into a file of pytest's cache, on CI to the terminal."""
+    rows = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "kernel"
+    ]
+    cache: Any = getattr(terminalreporter.config, "cache", None)
+    if rows and (cache is None or os.environ.get("CI")):
+        terminalreporter.section("registers and shared memory")
+        terminalreporter.write_line(kernel_table.table(rows))
+    elif rows:
+        path = cache.mkdir("kernels") / "table.txt"
+        path.write_text(kernel_table.table(rows) + "\n")
+        terminalreporter.write_line(f"registers and shared memory of each kernel: {path}")

@@ -49,12 +49,13 @@ __device__ inline int segment_of(long long row, const int* offsets, int count) {
   return last_start_before(count + 1, row, [&](int s) { return static_cast<long long>(offsets[s]); });
 }
 
-// The first block reports offsets that decrease, do not start at 0, or end past `total`.
-__device__ inline void check_offsets(const int* offsets, int count, int total, unsigned* errors) {
+// The first block reports offsets that decrease, do not start at `first`, or end past `first + total`.
+__device__ inline void check_offsets(const int* offsets, int count, int total, unsigned* errors,
+                                     int first = 0) {
   if (blockIdx.x != 0 || blockIdx.y != 0) return;
   for (int s = threadIdx.x; s <= count; s += blockDim.x) {
-    const bool good = s == 0 ? offsets[0] == 0 : offsets[s - 1] <= offsets[s];
-    if (!good || offsets[s] > total) report(errors, kBadOffsets);
+    const bool good = s == 0 ? offsets[0] == first : offsets[s - 1] <= offsets[s];
+    if (!good || offsets[s] > static_cast<long long>(first) + total) report(errors, kBadOffsets);
   }
 }
 

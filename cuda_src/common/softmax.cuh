@@ -34,7 +34,8 @@ struct SoftmaxRow {
   // The natural logarithm of the sum of exp(score); -inf for a row that saw no key.
   __device__ float lse(float total) const {
     constexpr float kLn2 = 0.693147180559945309f;
-    return total == 0.0f ? -infinity() : (largest - kProbabilityShift) * kLn2 + logf(total);
+    const float unshifted = ldexpf(total, -static_cast<int>(kProbabilityShift));
+    return total == 0.0f ? -infinity() : largest * kLn2 + logf(unshifted);
   }
 };
 

@@ -114,10 +114,8 @@ def fill(target: Array, value: int) -> None:
 
 
 def rounded(array: Array, dtype: np.dtype[Any], scaling: float = 1.0) -> Array:
-    """``scaling * array`` computed in float32 and rounded once to `dtype`."""
+    """``scaling * array`` computed in float32 and rounded once to `dtype`: always a new array."""
     with current_device_of(array):
-        if scaling == 1.0:
-            return array.astype(dtype, copy=False)
         return (array.astype(np.float32) * np.float32(scaling)).astype(dtype)
 
 

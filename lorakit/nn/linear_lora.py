@@ -57,10 +57,8 @@ class LinearLoRA(Linear, SupportsLoRA):
         bias: ``[out_dim]`` or None, named ``bias``.
         lora_A: ``[max_num_loras, max_lora_rank, in_dim]``, writable, named ``lora_A.weight``.
         lora_B: ``[max_num_loras, out_dim, max_lora_rank]``, writable, named ``lora_B.weight``. It
-            is a
-            view: underneath, all features of one rank lie together, so that an adapter of low rank
-                is
-            read as one short block.
+            is a view: underneath, all features of one rank lie together, so that an adapter of low
+            rank is read as one short block.
         lora_bias: ``[max_num_loras, out_dim]`` or None, named ``lora.bias``.
         slot_ranks: ``[max_num_loras]`` int32: rows of A and columns of B that count in each slot.
             Full rank until `set_adapter` or `set_slot_rank` says otherwise.
@@ -118,8 +116,7 @@ class LinearLoRA(Linear, SupportsLoRA):
 
         Args:
             lora_ids: ``[groups]`` int32, slot of each group; negative: base model.
-            lora_ranks: ``[groups]`` uint32 or int32, upper bound of each group's rank; None: no
-                bound.
+            lora_ranks: ``[groups]`` uint32 or int32, upper bound of each group's rank, or None.
             lora_grouped_offsets: ``[groups + 1]`` uint32 or int32. Group ``g`` has the rows from
                 ``[g]`` up to ``[g + 1]``; rows after the last offset are base rows. With one id per
                 sequence this is ``input_row_offsets``.
@@ -207,14 +204,14 @@ class LinearLoRA(Linear, SupportsLoRA):
         """Put an adapter into a slot; the rest of the slot is zeroed.
 
         ``scaling * lora_B`` is computed in float32; both matrices are rounded once to the layer's
-        dtype. On a GPU the copy runs on the current stream, after work that still uses the slot
-        there.
+        dtype. On a GPU the copies run on the current stream, so after earlier work there that uses
+        the slot.
 
         Args:
             slot: In ``[0, max_num_loras)``.
-            lora_A: ``[rank, in_dim]``, rank at most ``max_lora_rank``; the layer's dtype or
-                float32.
-            lora_B: ``[out_dim, rank]``; likewise. Both from any device.
+            lora_A: ``[rank, in_dim]``, rank at most ``max_lora_rank``, from any device, in the
+                layer's dtype or float32.
+            lora_B: ``[out_dim, rank]``, likewise.
             scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
             lora_bias: ``[out_dim]``, with ``has_lora_bias`` only; None: zeros. Not scaled.
 
@@ -227,13 +224,15 @@ class LinearLoRA(Linear, SupportsLoRA):
             raise ValueError(f"scaling must be finite, got {scaling}")
         bias = self._slot_bias(lora_bias)
 
-        rank = a.shape[0]
-        dtype = self.dtype.to_numpy()
+        rank, dtype = a.shape[0], self.dtype.to_numpy()
+        # Copies before anything is cleared: the arguments may be views of this slot.
+        a, b = rounded(a, dtype), rounded(b, dtype, scaling)
+        bias = None if bias is None else rounded(bias, dtype)
         self.clear_adapter(slot)
-        copy_into(self.lora_A[slot, :rank], rounded(a, dtype))
-        copy_into(self.lora_B[slot, :, :rank], rounded(b, dtype, scaling))
+        copy_into(self.lora_A[slot, :rank], a)
+        copy_into(self.lora_B[slot, :, :rank], b)
         if bias is not None and self.lora_bias is not None:
-            copy_into(self.lora_bias[slot], rounded(bias, dtype))
+            copy_into(self.lora_bias[slot], bias)
         fill(self.slot_ranks[slot : slot + 1], rank)
 
     def clear_adapter(self, slot: int) -> None:

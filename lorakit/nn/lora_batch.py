@@ -47,10 +47,12 @@ def build_lora_batch(
 
     ::
 
-        build_lora_batch([0, 0, 1, None], offsets(5, 5, 10, 2), ranks=[8, 4])
-        lora_ids             [ 0,  1, -1]
-        lora_ranks           [ 8,  4,  0]
-        lora_grouped_offsets [ 0, 10, 20, 22]
+        adapters             [0, 0, 1, None]        ranks [8, 4]
+        input_row_offsets    [0, 5, 10, 20, 22]
+
+        lora_ids             [0, 1, -1]
+        lora_ranks           [8, 4, 0]
+        lora_grouped_offsets [0, 10, 20, 22]
 
     Args:
         adapters: One for each sequence: a slot, a name in `slots`, or the base model (None, ``""``,

@@ -62,6 +62,8 @@ def rope_ragged(
             f"freqs_cis must have an even number of columns up to head_dim = {head_dim}, "
             f"got {rotary_dim}"
         )
+    if sizes["positions"] < 1:
+        raise ValueError("freqs_cis must have a row for each position, got none")
     checks.check_same_place(blocks=blocks, q=q, freqs_cis=freqs_cis)
     checks.check_aligned_rows(q=q)
     checks.check_contiguous(freqs_cis=freqs_cis)

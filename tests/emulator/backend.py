@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ _GUARD_BYTES = 512
 _ALIGNMENT = 256  # of a device allocation
 _MOST_SHARED_BYTES = 227 * 1024  # of a block on sm_90
 _NAN_BYTE = 0xFF  # four or two of them make a NaN
+_MAP_NORESERVE = 0x4000  # of Linux; the module mmap has it from Python 3.13 on
+_SPARSE_BYTES = 2**30  # larger arrays take only the memory of the pages that are touched
 
 
 class KernelInstance(Protocol):
@@ -78,6 +81,7 @@ class _Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint),
         ("schedule", ctypes.c_int),
         ("seed", ctypes.c_ulonglong),
+        ("first_block", ctypes.c_ulonglong),
         ("seconds", ctypes.c_double),
         ("error", ctypes.c_char_p),
         ("error_bytes", ctypes.c_ulonglong),
@@ -90,6 +94,7 @@ class Emulator:
     Attributes:
         schedule: The order in which threads and blocks run: one of `SCHEDULES`.
         seed: Of the random schedule.
+        first_block: Where in a grid to start, for tests of grids too large to run as a whole.
         seconds: Time on the CPU after which a launch counts as hung; not watched under "thread".
         sanitizer: "", "address" or "thread", of the process: set by ``python -m tests.emulator``.
         folders: Where kernel sources and their headers are looked for.
@@ -98,7 +103,8 @@ class Emulator:
     def __init__(self) -> None:
         self.schedule = os.environ.get("LORAKIT_EMULATOR_SCHEDULE", "in_order")
         self.seed = int(os.environ.get("LORAKIT_EMULATOR_SEED", "0"))
-        self.seconds = 60.0
+        self.first_block = 0
+        self.seconds = float(os.environ.get("LORAKIT_EMULATOR_SECONDS", "60"))
         self.sanitizer = os.environ.get("LORAKIT_EMULATOR_SANITIZER", "")
         sources = os.environ.get("LORAKIT_EMULATOR_SOURCES")
         self.folders: tuple[Path, ...] = (
@@ -112,9 +118,11 @@ class Emulator:
     # ---- Arrays
 
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike) -> EmulatedArray:
-        """A new array of NaN bytes, so that what a kernel forgets to write shows."""
+        """A new array of NaN bytes, so that what a kernel forgets to write shows; zeros above 1 GiB."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > _SPARSE_BYTES:
+            return _sparse(shape, dtype, size)
         # NumPy allocates this much with malloc, without keeping freed memory for itself.
         memory = _Allocation(size + 2 * _GUARD_BYTES + _ALIGNMENT, np.uint8)
         memory.fill(_NAN_BYTE)
@@ -127,7 +135,8 @@ class Emulator:
 
     def zeros(self, shape: int | Sequence[int], dtype: DTypeLike) -> EmulatedArray:
         array = self.empty(shape, dtype)
-        array.fill(0)
+        if array.nbytes <= _SPARSE_BYTES:
+            array.fill(0)
         return array
 
     def full(self, shape: int | Sequence[int], dtype: DTypeLike, value: float) -> EmulatedArray:
@@ -204,6 +213,7 @@ class Emulator:
             instance.shared_bytes,
             SCHEDULES.index(self.schedule),
             self.seed,
+            self.first_block,
             self.seconds,
             ctypes.cast(error, ctypes.c_char_p),
             len(error),
@@ -231,6 +241,16 @@ class Emulator:
             library = self._libraries[key] = ctypes.CDLL(str(path))
             library.emulator_signature.restype = ctypes.c_char_p
         return library
+
+
+def _sparse(shape: tuple[int, ...], dtype: DTypeLike, size: int) -> EmulatedArray:
+    """An array of zeros whose pages exist once they are written to."""
+    whole = size + 2 * _GUARD_BYTES
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = _Allocation(whole, np.uint8, buffer=mmap.mmap(-1, whole, flags=flags))
+    memory.begin, memory.end, memory.poisoned = _GUARD_BYTES, _GUARD_BYTES + size, False
+    memory[: memory.begin] = memory[memory.end :] = _NAN_BYTE
+    return EmulatedArray(shape, dtype, buffer=memory, offset=memory.begin)
 
 
 def _check_sizes(
@@ -283,7 +303,7 @@ def _damage(kernel: str, args: Sequence[Any]) -> str:
             if isinstance(value, _Allocation):
                 damage = value.damage()
                 if damage:
-                    value.fill(_NAN_BYTE)
+                    value[: value.begin] = value[value.end :] = _NAN_BYTE
                     return f"{kernel}: {damage} the array of argument {index}"
                 break
             value = value.base

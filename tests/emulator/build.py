@@ -1,7 +1,7 @@
 """Compiles the emulator's runtime and kernel instances with g++, each once.
 
 Libraries are kept in the folder ``$LORAKIT_EMULATOR_CACHE``. A library's name holds a digest of all
-that goes into it, and it appears by a rename: several processes (pytest-xdist) can share the folder.
+that goes into it, and it appears by a rename: processes (pytest-xdist) can share the folder.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def kernel_library(source: str, name: str, folders: Sequence[Path], sanitizer: s
     command = [
         compiler(),
         *KERNEL_FLAGS,
-        os.environ.get("LORAKIT_EMULATOR_OPTIMIZATION", "-O1"),
+        *os.environ.get("LORAKIT_EMULATOR_OPTIMIZATION", "-O1").split(),
         *SANITIZER_FLAGS[sanitizer],
         *(f"-I{folder}" for folder in (INCLUDE, *folders, cuda_include())),
     ]

@@ -29,6 +29,9 @@ class Kernel:
         return f"lorakit::{self.kernel}"
 
 
+racy = pytest.mark.skipif(emulator.sanitizer == "thread", reason="ThreadSanitizer reports the race")
+
+
 @pytest.fixture(params=SCHEDULES)
 def schedule(request: pytest.FixtureRequest) -> str:
     """Each order of execution in turn."""
@@ -123,6 +126,7 @@ def test_threads_of_three_dimensions() -> None:
         emulator.launch(Kernel("threads.cu", "tree_sum_kernel", (64, 32, 1)), (2,), (out, x))
 
 
+@racy
 @pytest.mark.parametrize("second_barrier", ["true", "false"])
 def test_missing_barrier_is_found_by_some_order(second_barrier: str) -> None:
     """A slot that is written again while others may still read it: right in order only."""
@@ -168,6 +172,7 @@ def test_wait_counts(pending: int, right: bool, schedule: str) -> None:
     assert np.array_equal(out, x) == right
 
 
+@racy
 def test_missing_barrier_after_a_wait_is_found_in_order() -> None:
     x = emulator.zeros((5, 4 * 32), np.float32)
     out = emulator.empty(x.shape, np.float32)
@@ -190,6 +195,7 @@ def test_misaligned_copy() -> None:
         emulator.launch(Kernel("copies.cu", "forgotten_kernel", 1), (1,), (x[1:],))
 
 
+@pytest.mark.skipif(emulator.sanitizer == "address", reason="AddressSanitizer guards the guards")
 @pytest.mark.parametrize(
     ("kind", "offset", "message"),
     [
@@ -253,6 +259,7 @@ def test_reports(kernel: str, message: str, schedule: str) -> None:
     test_barriers_in_a_tree_sum(schedule)  # the emulator goes on as if nothing had happened
 
 
+@pytest.mark.skipif(emulator.sanitizer == "thread", reason="ThreadSanitizer handles faults itself")
 @pytest.mark.parametrize(
     ("kernel", "args", "message"),
     [

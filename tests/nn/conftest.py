@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit import DeviceRef
+from lorakit import DeviceRef, jit
 
 
 @pytest.fixture
@@ -18,8 +18,7 @@ def to_device(device: DeviceRef) -> Callable[[np.ndarray[Any, Any]], Any]:
     def convert(array: np.ndarray[Any, Any]) -> Any:
         if device.is_cpu():
             return array
-        import cupy
-
+        cupy = jit.import_cupy()
         with cupy.cuda.Device(device.id):
             return cupy.asarray(array)
 

@@ -128,7 +128,7 @@ def test_numpy_arrays_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "device", "words"),
+    ("value", "place", "words"),
     [
         ([1.0], CPU, "x must be an array on cpu:0, got builtins.list"),
         (None, CPU, "x must be an array on cpu:0, got builtins.NoneType"),
@@ -137,9 +137,9 @@ def test_numpy_arrays_are_taken_as_they_are() -> None:
         (Producer(np.zeros(1)), DeviceRef.GPU(), "x must be an array on gpu:0, got .*Producer"),
     ],
 )
-def test_what_is_elsewhere_is_refused(value: Any, device: DeviceRef, words: str) -> None:
+def test_what_is_elsewhere_is_refused(value: Any, place: DeviceRef, words: str) -> None:
     with pytest.raises(TypeError, match=words):
-        as_array(value, device, "x")
+        as_array(value, place, "x")
 
 
 def test_dtype_is_never_cast() -> None:

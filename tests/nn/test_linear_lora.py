@@ -171,6 +171,16 @@ def test_set_adapter_folds_the_scaling_pads_and_sets_the_rank(
     assert not to_host(layer.lora_bias)[0].any()
 
 
+def test_an_adapter_may_come_from_a_slot(device: DeviceRef, to_host: Any) -> None:
+    layer = lora(device)
+    a, b = to_host(layer.lora_A)[2].copy(), to_host(layer.lora_B)[2].copy()
+    for slot in (2, 1):
+        layer.set_adapter(slot, layer.lora_A[2, :2], layer.lora_B[2, :, :2])
+        np.testing.assert_array_equal(to_host(layer.lora_A)[slot], a)
+        np.testing.assert_array_equal(to_host(layer.lora_B)[slot], b)
+    assert a.any()
+
+
 def test_other_slots_stay_as_they_are(device: DeviceRef, to_host: Any) -> None:
     layer = lora(device)
     before = {name: to_host(array).copy() for name, array in layer.state_dict().items()}

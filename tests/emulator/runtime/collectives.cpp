@@ -44,6 +44,7 @@ void block_barrier(Site site) {
   wait.site = site;
   void* tag = g_block.barrier.tag();
   release(tag);
+  if (enough_reports()) fail_block("stopped, having reported enough");
   ++g_block.at_barrier;
   complete_block_barrier();
   suspend();

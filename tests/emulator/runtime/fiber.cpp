@@ -13,6 +13,8 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;  // sanitizers make frames large; untouched pages cost nothing
 constexpr size_t kGuardBytes = 4096;        // an overflow stops here
 
+constexpr unsigned kTsanNoSync = 1;  // a switch orders nothing: only barriers do
+
 // Between leaving one fiber and arriving on the next.
 Fiber* g_from = nullptr;
 Fiber* g_to = nullptr;
@@ -63,20 +65,12 @@ void Fiber::prepare(void (*entry)(), int number) {
   if (stack_ == nullptr) allocate_stack();
   unpoison(stack_, kStackBytes);  // frames of an abandoned run
   fake_stack_ = nullptr;
-  if (__tsan_create_fiber) {
-    // An abandoned run leaves calls that never return in ThreadSanitizer's books: then start afresh.
-    if (tsan_ != nullptr && abandoned_) {
-      __tsan_destroy_fiber(tsan_);
-      tsan_ = nullptr;
-    }
-    if (tsan_ == nullptr) {
-      tsan_ = __tsan_create_fiber(0);
-      char name[32];
-      std::snprintf(name, sizeof(name), "thread %d", number);
-      __tsan_set_fiber_name(tsan_, name);
-    }
+  if (__tsan_create_fiber && tsan_ == nullptr) {
+    tsan_ = __tsan_create_fiber(0);
+    char name[32];
+    std::snprintf(name, sizeof(name), "thread %d", number);
+    __tsan_set_fiber_name(tsan_, name);
   }
-  abandoned_ = false;
 #if defined(EMULATOR_ASSEMBLY)
   // As if `entry` had been called by nobody: its return address is 0, where a debugger's backtrace ends.
   auto** top = reinterpret_cast<void**>(stack_ + kStackBytes);
@@ -93,6 +87,19 @@ void Fiber::prepare(void (*entry)(), int number) {
 #endif
 }
 
+void Fiber::abandon() {
+  if (!begun_) return;
+  begun_ = false;
+  if (tsan_ == nullptr) return;
+  // All it did happens before whatever comes now: the switch back synchronises. Its calls that never
+  // return stay in ThreadSanitizer's books, so another one takes its place.
+  void* host = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(tsan_, kTsanNoSync);
+  __tsan_switch_to_fiber(host, /*flags=*/0);
+  __tsan_destroy_fiber(tsan_);
+  tsan_ = nullptr;
+}
+
 void Fiber::switch_to(Fiber& from, Fiber& to) {
   g_from = &from;
   g_to = &to;
@@ -101,7 +108,7 @@ void Fiber::switch_to(Fiber& from, Fiber& to) {
   }
   if (__tsan_switch_to_fiber) {
     if (from.tsan_ == nullptr) from.tsan_ = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(to.tsan_, /*flags: no synchronisation*/ 1);
+    __tsan_switch_to_fiber(to.tsan_, kTsanNoSync);
   }
 #if defined(EMULATOR_ASSEMBLY)
   emulator_switch_stack(&from.stack_pointer_, to.stack_pointer_);
@@ -123,7 +130,7 @@ void Fiber::arrive() {
 }
 
 void Fiber::begin() {
-  g_to->abandoned_ = true;
+  g_to->begun_ = true;
   g_to->arrive();
 }
 

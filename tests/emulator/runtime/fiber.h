@@ -18,8 +18,8 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Readies the fiber to begin at `entry`, which must not return. Whatever it did before is abandoned.
-  // The number names it in ThreadSanitizer's reports.
+  // Readies the fiber to begin at `entry`, which must not return. The number names it in
+  // ThreadSanitizer's reports.
   void prepare(void (*entry)(), int number);
 
   // Leaves `from`, the running fiber, for `to`. Returns when somebody switches back.
@@ -27,7 +27,10 @@ class Fiber {
 
   // An entry calls the first before anything else, and the second before it leaves for good.
   static void begin();
-  void end() { abandoned_ = false; }
+  void end() { begun_ = false; }
+
+  // Gives up a fiber that has begun and not ended.
+  void abandon();
 
  private:
   void allocate_stack();
@@ -39,7 +42,7 @@ class Fiber {
 #else
   ucontext_t context_;
 #endif
-  bool abandoned_ = false;  // between begin and end
+  bool begun_ = false;  // and not ended
   void* fake_stack_ = nullptr;           // AddressSanitizer's, while the fiber does not run
   const void* stack_bottom_ = nullptr;   // as AddressSanitizer wants to know it
   size_t stack_bytes_ = 0;

@@ -1,11 +1,14 @@
 // Reports go to a file during a launch (see sanitizers.py). When one of them ends the process, this shows it.
 #include "sanitizers.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <emulator/runtime.h>
 
 namespace {
+
+constexpr off_t kEnough = 64 * 1024;  // bytes of reports, of which sanitizers.py shows the first
 
 int g_reports = -1, g_stderr = -1;
 
@@ -18,6 +21,11 @@ void show_reports() {
 }
 
 }  // namespace
+
+bool emulator::enough_reports() {
+  struct stat status;
+  return g_reports >= 0 && fstat(g_reports, &status) == 0 && status.st_size > kEnough;
+}
 
 extern "C" EMULATOR_API void emulator_show_reports_at_death(int file, int stderr_file) {
   if (g_reports < 0 && __sanitizer_set_death_callback) __sanitizer_set_death_callback(show_reports);

@@ -27,6 +27,9 @@ inline void unpoison(const void* address, size_t bytes) {
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(address, bytes);
 }
 
+// Whether so much was reported in this launch that the rest can be spared: thousands of reports take minutes.
+bool enough_reports();
+
 // Everything before a release happens before everything after the acquire that follows it.
 inline void release(void* tag) {
   if (__tsan_release) __tsan_release(tag);

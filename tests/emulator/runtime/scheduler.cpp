@@ -75,6 +75,7 @@ void thread_main() {
     fail_block(format("thread %d returned with %zu cp.async copies that nobody waited for", self.number,
                       self.copies.size() - self.delivered));
   }
+  if (enough_reports()) fail_block("stopped, having reported enough");
   release(&g_block_ends);
   self.live = false;
   --g_block.live;
@@ -105,10 +106,9 @@ void run_block() {
   release(&g_block_begins);
   g_current = nullptr;
   leave(g_host);
-  if (!g_failure.empty()) return;
-  if (block.live > 0) g_failure = "deadlock: no thread can go on\n" + describe_waits();
-  if (g_failure.empty()) g_failure = check_shared_memory();
   acquire(&g_block_ends);
+  if (g_failure.empty() && block.live > 0) g_failure = "deadlock: no thread can go on\n" + describe_waits();
+  if (g_failure.empty()) g_failure = check_shared_memory();
 }
 
 void set_up(const Launch& launch) {
@@ -146,10 +146,12 @@ int run(const Launch& launch, void (*thread)(void*), void* closure, void* static
   begin_shared_memory(static_begin, static_end);
   begin_faults(reinterpret_cast<const void*>(thread));
   for (unsigned number : g_block.ready.block_order(gridDim.x * gridDim.y * gridDim.z)) {
+    if (number < launch.first_block) continue;
     blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / (gridDim.x * gridDim.y)};
     run_block();
     if (!g_failure.empty()) break;
   }
+  for (auto& each : g_block.threads) each->fiber.abandon();
   end_faults();
   end_shared_memory();
   if (g_failure.empty()) return 0;

@@ -28,6 +28,7 @@ struct Launch {
   unsigned shared_bytes;
   int schedule;
   unsigned long long seed;
+  unsigned long long first_block;  // the blocks before it do not run
   double seconds;  // of the CPU's time before a launch counts as hung
   char* error;  // receives the message when the launch fails
   unsigned long long error_bytes;

@@ -1,0 +1,143 @@
+"""Mutants that change nothing that a test could see, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tests.mutants.sites import Mutant
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """Mutants of one line, and why they are no mistakes.
+
+    Attributes:
+        path: The file.
+        code: The line, or the part of it that tells it from all others.
+        changes: ``before -> after`` of each mutant of this line that is meant.
+        reason: Why no test can tell.
+    """
+
+    path: str
+    code: str
+    changes: tuple[str, ...]
+    reason: str
+
+    def covers(self, mutant: Mutant) -> bool:
+        change = f"{mutant.before} -> {mutant.after}"
+        return mutant.path == self.path and self.code in mutant.code and change in self.changes
+
+
+_WORK = "Only a shortcut: without it the block computes what it then does not store."
+_UNREAD = "Only a shortcut: the tile that is loaded too much is all zeros, read from nowhere, and not used."
+_WIDE = "The other factor has 64 bits already, so the product has."
+_FITS = "The value fits in 32 bits for every size that the op accepts; it is wide for its uses."
+
+EQUIVALENTS: tuple[Equivalent, ...] = (
+    # ---- sgmv.cu
+    Equivalent(
+        "sgmv.cu",
+        "if (adapter.slot < 0 || first_rank >= adapter.rank) return;",
+        (
+            ">= -> >",
+            "adapter.slot < 0 || first_rank >= adapter.rank -> false",
+            "adapter.slot < 0 || first_rank >= adapter.rank -> first_rank >= adapter.rank",
+            "adapter.slot < 0 || first_rank >= adapter.rank -> adapter.slot < 0",
+        ),
+        _WORK + " A base row has rank 0.",
+    ),
+    Equivalent(
+        "sgmv.cu",
+        "if (stage + 1 < num_stages) {",
+        ("+ 1 -> ", "< -> <=", "stage + 1 < num_stages -> true"),
+        _UNREAD,
+    ),
+    Equivalent(
+        "sgmv.cu", "if (num_stages > 0) load(0);", ("> -> >=", "num_stages > 0 -> true"), _UNREAD
+    ),
+    Equivalent(
+        "sgmv.cu",
+        "if (largest == 0.0f || largest == infinity()) return 1.0f;",
+        (
+            "largest == 0.0f || largest == infinity() -> false",
+            "largest == 0.0f || largest == infinity() -> largest == infinity()",
+            "largest == 0.0f || largest == infinity() -> largest == 0.0f",
+        ),
+        "0 and infinity stay what they are times any power of two.",
+    ),
+    Equivalent(
+        "sgmv.cu",
+        "const long long k = static_cast<long long>(stage) * kBlockK;",
+        ("long long -> int",),
+        "k is below in_dim, an int; the stride that it is multiplied with has 64 bits.",
+    ),
+    # ---- attention.cu
+    Equivalent(
+        "attention.cu",
+        "if (causal) num_keys = min(num_keys,",
+        (
+            "- 1 -> ",
+            "+ 1 -> + 2",
+            "causal -> false",
+            "min(num_keys, cached + token_of(min(kBlockM, num_rows - first_row) - 1) + 1) -> num_keys",
+            "min(kBlockM, num_rows - first_row) -> kBlockM",
+            "min(kBlockM, num_rows - first_row) -> num_rows - first_row",
+        ),
+        "Only a shortcut: keys that no row of the block sees are loaded too, and masked one by one.",
+    ),
+    Equivalent(
+        "attention.cu",
+        "cp_async_wait<0>();",
+        ("cp_async_wait<0>() -> ", "0 -> 1"),
+        "The last copies write zeros for the tile after the last, which nobody reads.",
+    ),
+    Equivalent(
+        "attention.cu",
+        "q + static_cast<long long>(tile.begin + token_of(m)) * q_stride",
+        ("long long -> int",),
+        _WIDE,
+    ),
+    # ---- rope.cu, kv_cache.cu
+    Equivalent("kv_cache.cu", "long long row = 0;", ("long long -> int",), _WIDE),
+    Equivalent(
+        "kv_cache.cu",
+        "if (target.row >= rows || sequence == batch_size || token < row_offsets[sequence]) return target;",
+        ("sequence == batch_size || token < row_offsets[sequence] -> sequence == batch_size",),
+        "token is at least row_offsets[0], and segment_of returns no later sequence that starts after it.",
+    ),
+    # ---- headers
+    Equivalent(
+        "common/mma.cuh",
+        "return fabsf(left) <= fabsf(value) ? left : 0.0f;",
+        ("<= -> <",),
+        "Equal only where T rounds the value to 0: then it rounds the rest, the same number, to 0 too.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "if (blockIdx.x != 0 || blockIdx.y != 0) return;",
+        (
+            "blockIdx.x != 0 || blockIdx.y != 0 -> false",
+            "blockIdx.x != 0 || blockIdx.y != 0 -> blockIdx.y != 0",
+            "blockIdx.x != 0 || blockIdx.y != 0 -> blockIdx.x != 0",
+        ),
+        "Only a shortcut: more blocks report the same.",
+    ),
+    Equivalent(
+        "common/softmax.cuh",
+        "return total == 0.0f ? -infinity()",
+        ("total == 0.0f -> false",),
+        "A total of 0 comes with a largest score of -inf, and the logarithm of 0 is -inf.",
+    ),
+)
+
+
+def reason_of(mutant: Mutant) -> str:
+    """Why a mutant is equivalent; an empty string when it is not known to be."""
+    return next((each.reason for each in EQUIVALENTS if each.covers(mutant)), "")
+
+
+def stale(mutants: Iterable[Mutant]) -> list[Equivalent]:
+    """Entries that no mutant matches: their code is gone."""
+    everything = list(mutants)
+    return [each for each in EQUIVALENTS if not any(map(each.covers, everything))]

@@ -1,0 +1,85 @@
+"""linear: the base product, on the CPU and, where there is one, on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakit import ops
+from lorakit.dtypes import bfloat16
+from lorakit.testing import activations, assert_bitwise_equal, assert_within_budget, widen
+from tests.ops.helpers import FLOAT16, FLOAT32, each_dtype
+
+# name: rows, in_dim, out_dim, bias
+SIZES = {
+    "one_row": (1, 64, 40, False),
+    "bias": (5, 64, 40, True),
+    "primes": (7, 131, 67, True),
+    "no_rows": (0, 64, 40, True),
+    "no_outputs": (3, 64, 0, False),
+    "k_300": (17, 300, 96, False),  # a budget far below what TF32 loses
+}
+each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+
+
+def numbers(size: tuple[int, int, int, bool], dtype: Any, rng: np.random.Generator) -> list[Any]:
+    rows, in_dim, out_dim, bias = size
+    x, weight = activations((rows, in_dim), dtype, rng), activations((out_dim, in_dim), dtype, rng)
+    return [x, weight, activations((out_dim,), dtype, rng) if bias else None]
+
+
+def check(y: Any, x: Any, weight: Any, bias: Any, stores: int = 1) -> None:
+    product = widen(x) @ widen(weight).T
+    terms = np.abs(widen(x)) @ np.abs(widen(weight)).T
+    exact = product if bias is None else product + widen(bias)
+    terms = terms if bias is None else terms + np.abs(widen(bias))
+    assert_within_budget(
+        y, exact, x.dtype, terms, stores, length=x.shape[1] + 1, largest64=np.abs(product)
+    )
+
+
+@each_dtype
+@each_size
+def test_linear_on_the_cpu(
+    size: tuple[int, int, int, bool], dtype: Any, rng: np.random.Generator
+) -> None:
+    arrays = numbers(size, dtype, rng)
+    check(ops.linear(*arrays), *arrays)
+
+
+@each_dtype
+@each_size
+def test_linear_on_the_gpu(
+    size: tuple[int, int, int, bool], dtype: Any, gpu: Any, rng: np.random.Generator
+) -> None:
+    arrays = numbers(size, dtype, rng)
+    x, weight, bias = arrays
+    y = ops.linear(*(None if array is None else gpu.asarray(array) for array in arrays))
+    # cuBLAS rounds the product before the bias is added.
+    check(y, x, weight, bias, stores=1 if bias is None else 2)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, bfloat16], ids=str)
+def test_the_product_is_not_rounded_before_the_bias_on_the_cpu(dtype: Any) -> None:
+    """2049 + 1 is even for float16 only if 2049 was not rounded to 2048 first; likewise bfloat16."""
+    odd = 2049 if dtype == FLOAT16 else 257
+    x, weight = np.ones((1, 2), dtype), np.array([[odd - 1, 1]], dtype)
+    y = ops.linear(x, weight, np.ones(1, dtype))
+    assert_bitwise_equal(y, np.array([[odd + 1]], dtype))
+
+
+def test_float32_does_not_use_tf32(gpu: Any, rng: np.random.Generator) -> None:
+    """Not even when CuPy was told to: TF32 would round the inputs to 10 bits."""
+    from cupy._core import _routines_linalg as settings
+
+    arrays = numbers((64, 256, 128, False), FLOAT32, rng)
+    before = settings.get_compute_type(FLOAT32)
+    settings.set_compute_type(FLOAT32, settings.COMPUTE_TYPE_TF32)
+    try:
+        y = ops.linear(*map(gpu.asarray, arrays[:2]))
+        assert settings.get_compute_type(FLOAT32) == settings.COMPUTE_TYPE_TF32
+    finally:
+        settings.set_compute_type(FLOAT32, before)
+    check(y, *arrays)

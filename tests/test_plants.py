@@ -1,0 +1,149 @@
+"""Five classic mistakes, planted into each kernel that can make them: a kernel test must fail.
+
+A few of the mutants that ``python -m tests.mutants`` makes, each against one or two small tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.mutants.runner import Stage, Workshop
+from tests.mutants.sites import Mutant, all_mutants
+
+SHRINK = "tests/ops/test_sgmv.py::test_shrink[tile_plus_one-float16]"
+SHRINK_LONG = "tests/ops/test_sgmv.py::test_shrink[k1001_n257-bfloat16]"
+EXPAND = "tests/ops/test_sgmv.py::test_expand[rank_100-float16]"
+EXPAND_IN_PLACE = "tests/ops/test_sgmv.py::test_expand[y_wide-float16]"
+ATTENTION = "tests/ops/test_attention.py::test_attention[mixed-float16]"
+NOT_CAUSAL = "tests/ops/test_attention.py::test_attention[not_causal-float16]"
+ROPE = "tests/ops/test_rope.py::test_rope[decode-bfloat16]"
+STORE = "tests/ops/test_kv_cache.py::test_store[mixed-bfloat16]"
+ADD = "tests/ops/test_kv_cache.py::test_add[mixed-bfloat16]"
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A mutant, named by what it changes in a line, and the test that sees it."""
+
+    name: str
+    path: str
+    code: str
+    change: str
+    test: str
+    nth: int = 0
+    """Which of several equal lines."""
+    schedule: str = "in_order"
+
+    def mutant(self) -> Mutant:
+        found = [
+            mutant
+            for mutant in all_mutants()
+            if mutant.path == self.path
+            and self.code in mutant.code
+            and f"{mutant.before} -> {mutant.after}" == self.change
+        ]
+        return found[self.nth]
+
+
+def barrier(source: str, nth: int, test: str) -> Plant:
+    code = "__syncthreads();"
+    name = f"removed barrier {nth} of {source}"
+    return Plant(name, source, code, "__syncthreads() -> ", test, nth, "lifo")
+
+
+def wait(source: str, nth: int, test: str) -> Plant:
+    code = "cp_async_wait<1>();"
+    return Plant(
+        f"removed wait {nth} of {source}", source, code, "cp_async_wait<1>() -> ", test, nth
+    )
+
+
+PLANTS = (
+    *(barrier("sgmv.cu", nth, SHRINK_LONG if nth < 3 else EXPAND) for nth in range(5)),
+    *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
+    wait("sgmv.cu", 0, SHRINK),
+    wait("sgmv.cu", 1, EXPAND),
+    wait("attention.cu", 0, ATTENTION),
+    wait("attention.cu", 1, ATTENTION),
+    Plant(
+        "shrink past its group",
+        "sgmv.cu",
+        "if (row + m >= tile.end ||",
+        ">= -> >",
+        SHRINK,
+        schedule="lifo",
+    ),
+    Plant("expand past its group", "sgmv.cu", "if (m >= tile.end ||", ">= -> >", EXPAND_IN_PLACE),
+    Plant(
+        "attention past its sequence",
+        "attention.cu",
+        "if (first_row + m >= num_rows)",
+        ">= -> >",
+        ATTENTION,
+        schedule="lifo",
+    ),
+    *(
+        Plant(
+            f"{name} counts a row to the sequence before",
+            "common/ragged.cuh",
+            "start(middle) <= value",
+            "<= -> <",
+            test,
+        )
+        for name, test in (("rope", ROPE), ("store", STORE), ("add", ADD))
+    ),
+    Plant(
+        "a page's tail, loaded",
+        "attention.cu",
+        "key < num_keys ?",
+        "key < num_keys -> true",
+        ATTENTION,
+    ),
+    Plant(
+        "a page's tail, scored",
+        "attention.cu",
+        "const bool visible",
+        "key_offsets[buffer * kBlockN + n] >= 0 && first_key + n <= last_keys[j / 2] -> "
+        "first_key + n <= last_keys[j / 2]",
+        NOT_CAUSAL,
+    ),
+    Plant("a NaN of the next slot", "attention.cu", "key < num_keys ?", "< -> <=", ATTENTION),
+)
+# Rows, columns and keys that are not there are zeros in shared memory; here they are whatever it held.
+PLANTS += tuple(
+    Plant(
+        f"a NaN of what is not there, {name}",
+        "common/tile.cuh",
+        "cp_async_16(tile.at(row, col)",
+        "live -> true",
+        test,
+        nth=1,
+    )
+    for name, test in (("shrink", SHRINK), ("attention", ATTENTION))
+)
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Iterator[Workshop]:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ for the emulator")
+    with Workshop() as workshop:
+        yield workshop
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_plant_is_found(plant: Plant, workshop: Workshop) -> None:
+    stage = Stage(plant.schedule, plant.schedule, tests=(plant.test,))
+    killer = workshop.judge(plant.mutant(), [stage]).killed_by
+    assert plant.test in killer
+
+
+def test_without_a_plant_they_pass(workshop: Workshop) -> None:
+    """In both orders: so it is the plant that fails."""
+    tests = sorted({plant.test for plant in PLANTS})
+    for schedule in ("in_order", "lifo"):
+        assert workshop.run(Stage(schedule, schedule), tests) == ""

@@ -1,0 +1,196 @@
+"""What dispatch can choose, and what a block of it needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorakit import ops, testing, tiles
+from lorakit.dtypes import STORAGE, bfloat16
+from tests.conftest import KernelDevice
+from tests.emulator import EmulatorError
+
+INSTANCES = tiles.instances()
+SHARED = [instance for instance in INSTANCES if instance.shared_bytes]
+LEAST_SHARED_BYTES = 99 * 1024  # a block may have on every GPU from sm_80 on: sm_86, sm_89, sm_120
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float": np.dtype(np.float32),
+    "__half": np.dtype(np.float16),
+    "__nv_bfloat16": bfloat16,
+}
+
+
+def short(instance: tiles.Instance) -> str:
+    return instance.name.removeprefix("lorakit::").replace(" ", "")
+
+
+# ---- Dispatch cannot leave the list ------------------------------------------------------------------
+
+dtypes = st.sampled_from(STORAGE)
+deltas = dtypes.flatmap(lambda t: st.tuples(st.just(t), st.sampled_from((t, STORAGE[0]))))
+heads = st.integers(1, 32).map(lambda eighths: 8 * eighths)
+rotations = heads.flatmap(
+    lambda dim: st.tuples(st.just(dim), st.integers(1, dim // 2).map(lambda pairs: 2 * pairs))
+)
+
+# Every size that an op lets through to its chooser.
+CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
+    "sgmv_shrink": st.builds(tiles.sgmv_shrink, dtypes, st.integers(1, 2**20), st.booleans()),
+    "sgmv_expand": st.builds(
+        lambda pair, aligned: tiles.sgmv_expand(*pair, aligned), deltas, st.booleans()
+    ),
+    "rope_ragged": st.builds(
+        lambda dtype, dims, order: tiles.rope_ragged(dtype, *dims, order),
+        dtypes,
+        rotations,
+        st.booleans(),
+    ),
+    "store_kv": st.builds(tiles.store_kv, dtypes),
+    "add_kv": deltas.map(lambda pair: tiles.add_kv(*pair)),
+    "attention_ragged": st.builds(tiles.attention_ragged, dtypes, heads),
+}
+
+
+@pytest.mark.parametrize("chooser", CHOICES)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_dispatch_stays_in_the_list(chooser: str, data: st.DataObject) -> None:
+    assert data.draw(CHOICES[chooser]) in INSTANCES
+
+
+def test_every_chooser_is_tested() -> None:
+    choosers = {
+        name
+        for name, function in vars(tiles).items()
+        if callable(function)
+        and not inspect.isclass(function)
+        and inspect.signature(function).return_annotation == "Instance"
+    }
+    assert choosers == set(CHOICES)
+
+
+def test_the_list_holds_nothing_else() -> None:
+    """Every instance is chosen for some size, so that the gate compiles nothing in vain."""
+    ranks, dims = (1, 16, 17, 64, 256), range(8, 257, 8)
+    chosen = {
+        *(tiles.sgmv_shrink(t, r, a) for t in STORAGE for r in ranks for a in (True, False)),
+        *(
+            tiles.sgmv_expand(t, out, a)
+            for t in STORAGE
+            for out in (t, STORAGE[0])
+            for a in (True, False)
+        ),
+        *(
+            tiles.rope_ragged(t, dim, rotary, order)
+            for t in STORAGE
+            for dim in dims
+            for rotary in range(2, dim + 1, 2)
+            for order in (True, False)
+        ),
+        *(tiles.store_kv(t) for t in STORAGE),
+        *(tiles.add_kv(t, out) for t in STORAGE for out in (t, STORAGE[0])),
+        *(tiles.attention_ragged(t, dim) for t in STORAGE for dim in dims),
+    }
+    assert set(INSTANCES) == chosen
+
+
+def test_instances_are_unique() -> None:
+    """One name is one kernel, with one block size and one size of shared memory."""
+    counts = Counter(instance.name for instance in INSTANCES)
+    assert {name: count for name, count in counts.items() if count > 1} == {}
+
+
+def test_name() -> None:
+    instance = tiles.sgmv_shrink(np.float16, 64, True)
+    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 64, true>"
+
+
+# ---- Limits of a block ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=short)
+def test_limits(instance: tiles.Instance) -> None:
+    assert 0 <= instance.shared_bytes <= LEAST_SHARED_BYTES
+    assert 32 <= instance.threads <= 1024
+    assert instance.threads % 32 == 0
+
+
+def test_numbers_that_ops_read_from_a_name() -> None:
+    assert tiles.sgmv_shrink_block_r(tiles.sgmv_shrink(np.float32, 16, True)) == 16
+    assert tiles.sgmv_shrink_block_r(tiles.sgmv_shrink(np.float32, 17, True)) == 64
+    assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 128, 128, True)) == 8
+    assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 24, True)) == 4
+    assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
+    assert tiles.attention_block_m(tiles.attention_ragged(np.float16, 128)) == 64
+    assert tiles.attention_block_m(tiles.attention_ragged(np.float32, 128)) == 32
+
+
+# ---- Shared memory is what the kernel takes ----------------------------------------------------------
+
+
+class Recorder:
+    """Launches on the emulator with a byte of shared memory less than asked for."""
+
+    def __init__(self, launch: Callable[..., None]) -> None:
+        self.launch = launch
+        self.instances: list[tiles.Instance] = []
+
+    def __call__(self, instance: tiles.Instance, grid: Sequence[int], args: Sequence[Any]) -> None:
+        self.instances.append(instance)
+        self.launch(replace(instance, shared_bytes=instance.shared_bytes - 1), grid, args)
+
+
+@pytest.mark.parametrize("instance", SHARED, ids=short)
+def test_shared_bytes(
+    instance: tiles.Instance,
+    kernels: KernelDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
+    """With a byte less the kernel has too little: the emulator says how much it takes."""
+    if kernels.name != "emulator":
+        pytest.skip("only the emulator counts what a kernel takes")
+    recorder = Recorder(kernels.backend.launch)
+    monkeypatch.setattr(kernels.backend, "launch", recorder)
+    with pytest.raises(EmulatorError) as caught:
+        call(instance, kernels, rng)
+    assert recorder.instances == [instance]
+    assert (
+        f"the kernel takes {instance.shared_bytes} bytes of dynamic shared memory, "
+        f"the launch gives {instance.shared_bytes - 1}"
+    ) in str(caught.value)
+
+
+def call(instance: tiles.Instance, kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """The smallest call of an op that launches the instance."""
+    dtype = DTYPES[instance.params[0]]
+    batch = [np.zeros(1, np.int32), None, testing.row_offsets([3])]
+
+    def array(*shape: int, of: Any = dtype) -> Any:
+        return kernels.asarray(rng.standard_normal(shape).astype(of))
+
+    if instance.kernel == "sgmv_shrink_kernel":
+        rank, in_dim = int(instance.params[1]), 64 if instance.params[2] == "true" else 63
+        ops.sgmv_shrink(array(3, in_dim), array(1, rank, in_dim), *batch)
+    elif instance.kernel == "sgmv_expand_kernel":
+        out_dim = 64 if instance.params[2] == "true" else 63
+        lora_b = array(1, 16, out_dim).transpose(0, 2, 1)
+        y = array(3, out_dim, of=DTYPES[instance.params[1]])
+        ops.sgmv_expand(array(3, 16, of=np.float32), lora_b, *batch, add_to=y)
+    elif instance.kernel == "attention_ragged_kernel":
+        head_dim = int(instance.params[1])
+        cache = testing.paged_cache(
+            [2], [3], page_size=4, n_kv_heads=1, head_dim=head_dim, dtype=dtype, rng=rng
+        )
+        offsets = testing.row_offsets([3])
+        ops.attention_ragged(array(3, 1, head_dim), offsets, kernels.cache(cache), 0)
+    else:
+        raise AssertionError(f"no call of {instance.kernel} is known here")
