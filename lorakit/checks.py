@@ -105,11 +105,19 @@ def check_aligned_rows(**arrays: Any) -> None:
 
 def check_same_place(**arrays: Any) -> None:
     """All arrays live in the memory of one device (or all on the host), else `TypeError`."""
-    places = {name: jit.place_of(array) for name, array in arrays.items()}
+    places = {name: place_of(name, array) for name, array in arrays.items()}
     first = next(iter(places))
     for name, place in places.items():
         if place != places[first]:
             raise TypeError(f"{name} must be on {places[first]} as {first} is, got {place}")
+
+
+def place_of(name: str, array: Any) -> str:
+    """`jit.place_of`, whose `TypeError` names the argument."""
+    try:
+        return jit.place_of(array)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def check_offsets(name: str, offsets: Any, rows: int, *, exact: bool, start: bool = True) -> None:
@@ -187,8 +195,10 @@ def check_positions(freqs_cis: Any, kv_collection: Any, input_row_offsets: Any) 
         )
 
 
-def check_layer_idx(layer_idx: int, num_layers: int) -> None:
-    """``layer_idx`` names a layer of the cache."""
+def check_layer_idx(layer_idx: Any, num_layers: int) -> None:
+    """``layer_idx`` is an integer that names a layer of the cache."""
+    if isinstance(layer_idx, bool) or not isinstance(layer_idx, (int, np.integer)):
+        raise TypeError(f"layer_idx must be an integer, got {type(layer_idx).__name__}")
     if not 0 <= layer_idx < num_layers:
         raise ValueError(f"layer_idx must be in [0, {num_layers}), got {layer_idx}")
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 MINIMUM_COMPUTE_CAPABILITY = 80
 
+_BACKENDS: dict[int, CupyBackend] = {}
+_BACKENDS_LOCK = threading.Lock()
+
 
 class KernelCompileError(RuntimeError):
     """NVRTC refused a kernel; the message holds its log, with file and line."""
@@ -34,7 +38,7 @@ class Backend(Protocol):
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def zeros(self, shape: Sequence[int], dtype: Any) -> Any: ...
-    def full(self, shape: Sequence[int], dtype: Any, value: float) -> Any: ...
+    def full(self, shape: Sequence[int], dtype: Any, value: int) -> Any: ...
     def asarray(self, array: Any) -> Any: ...
     def error_word(self) -> Any: ...
     def launch(self, instance: Instance, grid: Sequence[int], args: Sequence[Any]) -> None: ...
@@ -150,10 +154,12 @@ def _compile_error(source: str, names: Sequence[str], log: str) -> KernelCompile
 
 @functools.cache
 def import_cupy() -> Any:
-    """CuPy, whose import fails when its cache folder cannot be made: then with a temporary one."""
+    """CuPy; with a temporary cache folder if its own cannot be made or written, on which it would fail."""
     folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
     try:
         os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written")
     except OSError as error:
         os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="lorakit-cupy-cache-")
         warnings.warn(f"kernels are cached for this process only: {error}", stacklevel=2)
@@ -162,10 +168,12 @@ def import_cupy() -> Any:
     return cupy
 
 
-@functools.cache
 def cupy_backend(device_id: int) -> CupyBackend:
-    """The backend of one GPU."""
-    return CupyBackend(device_id)
+    """The backend of one GPU, the same for all threads: it has the error word."""
+    with _BACKENDS_LOCK:
+        if device_id not in _BACKENDS:
+            _BACKENDS[device_id] = CupyBackend(device_id)
+        return _BACKENDS[device_id]
 
 
 class CupyBackend:
@@ -173,9 +181,14 @@ class CupyBackend:
 
     def __init__(self, device_id: int) -> None:
         self._cupy = import_cupy()
-        self._device = self._cupy.cuda.Device(device_id)
+        self._device_id = device_id
         self._functions: dict[Instance, Any] = {}
         self._error_word: Any = None
+
+    @property
+    def _device(self) -> Any:
+        """Makes this GPU the current one; a new object each time, as threads cannot share one."""
+        return self._cupy.cuda.Device(self._device_id)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         with self._device:
@@ -185,7 +198,7 @@ class CupyBackend:
         with self._device:
             return self._cupy.zeros(shape, dtype)
 
-    def full(self, shape: Sequence[int], dtype: Any, value: float) -> Any:
+    def full(self, shape: Sequence[int], dtype: Any, value: int) -> Any:
         with self._device:
             return self._cupy.full(shape, value, dtype)
 
@@ -279,6 +292,5 @@ def narrow(value: Any) -> Any:
 
 def take_errors() -> Iterator[tuple[str, int]]:
     """The error bits of each GPU that ran a kernel, read and cleared; it waits for queued work."""
-    if cupy_backend.cache_info().currsize:
-        for device_id in range(import_cupy().cuda.runtime.getDeviceCount()):
-            yield f"GPU {device_id}", cupy_backend(device_id).take_error()
+    for device_id, backend in sorted(_BACKENDS.items()):
+        yield f"GPU {device_id}", backend.take_error()

@@ -6,7 +6,8 @@ import functools
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,26 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[KernelDevice]:
 
 
 @pytest.fixture
+def to_device(device: DeviceRef) -> Callable[[np.ndarray[Any, Any]], Any]:
+    """A NumPy array as an array on the device."""
+
+    def convert(array: np.ndarray[Any, Any]) -> Any:
+        if device.is_cpu():
+            return array
+        cupy = jit.import_cupy()
+        with cupy.cuda.Device(device.id):
+            return cupy.asarray(array)
+
+    return convert
+
+
+@pytest.fixture
+def to_host() -> Callable[[Any], np.ndarray[Any, Any]]:
+    """An array of any device as NumPy array."""
+    return lambda array: array if isinstance(array, np.ndarray) else array.get()
+
+
+@pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> Any:
     """CuPy, for what only a GPU can show."""
     if request.config.getoption("--kernels") == "emulator" or not has_gpu():
@@ -137,7 +158,15 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What the compiled kernels take: into a file of pytest's cache, on CI to the terminal."""
+    """What only a GPU could have shown, and what the compiled kernels take."""
+    missed: Counter[str] = Counter()
+    for report in terminalreporter.getreports("skipped"):
+        if isinstance(report.longrepr, tuple) and "needs a GPU" in report.longrepr[2]:
+            missed[report.nodeid.partition("::")[0]] += 1
+    if missed:
+        files = ", ".join(f"{path} ({count})" for path, count in sorted(missed.items()))
+        terminalreporter.write_line(f"not run: {missed.total()} tests that need a GPU: {files}")
+
     rows = [
         value
         for report in terminalreporter.getreports("passed")
@@ -145,7 +174,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if name == "kernel"
     ]
     cache: Any = getattr(terminalreporter.config, "cache", None)
-    if rows and (cache is None or os.environ.get("CI")):
+    if rows and (cache is None or os.environ.get("CI")):  # on CI to the terminal, else to a file
         terminalreporter.section("registers and shared memory")
         terminalreporter.write_line(kernel_table.table(rows))
     elif rows:

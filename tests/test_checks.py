@@ -268,6 +268,12 @@ def test_layer_idx() -> None:
             f"layer_idx must be in [0, 2), got {layer_idx}",
             lambda layer_idx=layer_idx: checks.check_layer_idx(layer_idx, 2),  # type: ignore[misc]
         )
+    for other in (1.0, True, None, "1", np.float32(1), np.array(1)):
+        refused(
+            TypeError,
+            f"layer_idx must be an integer, got {type(other).__name__}",
+            lambda other=other: checks.check_layer_idx(other, 2),  # type: ignore[misc]
+        )
 
 
 def test_device_values_are_not_read(kernels: KernelDevice) -> None:

@@ -89,9 +89,10 @@ def as_metadata(
     Raises:
         TypeError: No array, an array elsewhere, or none of `dtypes`.
     """
-    if jit.is_host(value):
-        checks.check_dtype(dtypes, **{name: value})
-        host = value.copy()
+    given = _host_array(value)
+    if given is not None and jit.is_host(given):
+        checks.check_dtype(dtypes, **{name: given})
+        host: np.ndarray[Any, Any] = given.copy()
         return upload(host, device), host
     array = as_array(value, device, name)
     checks.check_dtype(dtypes, **{name: array})
@@ -180,7 +181,10 @@ def _cuda_array(value: Any, device_id: int | None) -> Array | None:
     if _is_cupy(value):
         array = value
     elif _dlpack_device(value)[0] in _DLPACK_CUDA:
-        array = jit.import_cupy().from_dlpack(value)
+        try:
+            array = jit.import_cupy().from_dlpack(value)
+        except (BufferError, NotImplementedError):  # a type that CuPy's DLPack does not know
+            return None
     elif hasattr(value, "__cuda_array_interface__"):
         array = jit.import_cupy().asarray(value)  # views the memory of such a producer
     else:

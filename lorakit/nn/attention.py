@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lorakit import ops
+from lorakit import checks, ops
 from lorakit.nn.arrays import (
     Array,
     HostInteger,
@@ -126,7 +126,7 @@ class AttentionWithRope(Module):
         """``[Q + 2 KV, hidden]``: the base weights of q, k, v, clamped when `clip_qkv` is set.
 
         Without a clip it is the memory of the three weights itself; a copy only after one of the
-        three ``weight`` attributes was set to another array.
+        three ``weight`` attributes was set to another array, which `stacked_qkv` refuses.
         """
         parts = [projection.effective_weight for projection in self._projections()]
         return clipped(self._joined(parts, "weight"), self.clip_qkv)
@@ -221,19 +221,34 @@ class AttentionWithRope(Module):
         )
         if self.stacked_qkv:
             self.qkv_proj = self._base
-        self._slices: dict[str, list[Array]] = {"weight": [], "bias": []}
         for projection, columns in zip(self._projections(), self._columns, strict=True):
             for name in ("weight", "bias") if self.has_bias else ("weight",):
                 part = getattr(self._base, name)[columns]
                 copy_into(part, getattr(projection, name))
                 setattr(projection, name, part)
-                self._slices[name].append(part)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy or an unpickled layer: its three weights were copied apart from their base."""
+        vars(self).update(state)
+        if not _are_slices([p.weight for p in self._projections()], self._base.weight):
+            self._share_base()
 
     def _joined(self, parts: Sequence[Array], name: str) -> Array:
         """The shared array while `parts` are its slices, else their concatenation."""
-        slices = self._slices[name]
-        if all(part is shared for part, shared in zip(parts, slices, strict=True)):
-            return getattr(self._base, name)
+        shared = getattr(self._base, name)
+        if _are_slices(parts, shared):
+            return shared
+        own = [getattr(projection, name) for projection in self._projections()]
+        if self.stacked_qkv and not _are_slices(own, shared):
+            raise ValueError(
+                f"{name} of q_proj, k_proj and v_proj must stay slices of qkv_proj.{name}: write into "
+                "them, got another array"
+            )
+        for part, columns, which in zip(parts, self._columns, "qkv", strict=True):
+            label = f"{which}_proj.{name}"
+            axes = " ".join(map(str, shared[columns].shape))
+            checks.check_shapes(**{label: (part, axes)})
+            checks.check_dtype((shared.dtype,), **{label: part})
         with current_device_of(parts[0]):
             return module_of(parts[0]).concatenate(parts)
 
@@ -262,12 +277,29 @@ _SLICES = {
 }
 
 
+def _are_slices(parts: Sequence[Array], whole: Array) -> bool:
+    """Whether `parts` are the memory of `whole`, one after the other along the first axis."""
+    address = checks.address_of(whole)
+    for part in parts:
+        same_rows = part.dtype == whole.dtype and part.strides == whole.strides
+        if not same_rows or checks.address_of(part) != address:
+            return False
+        address += part.nbytes
+    return address == checks.address_of(whole) + int(whole.nbytes)
+
+
 def _linear_maker(linear_cls: Callable[..., Linear], **common: Any) -> Callable[..., Linear]:
     def make(**arguments: Any) -> Linear:
         projection = linear_cls(**arguments, **common)
         if not isinstance(projection, Linear):
             raise TypeError(
                 f"linear_cls must return a lorakit.Linear, got {type(projection).__name__}"
+            )
+        wanted = (arguments["out_dim"], arguments["in_dim"])
+        if projection.weight.shape != wanted or projection.dtype is not common["dtype"]:
+            raise ValueError(
+                f"linear_cls must return a layer of {common['dtype']} with weight {wanted}, got "
+                f"{projection.dtype} with weight {projection.weight.shape}"
             )
         return projection
 

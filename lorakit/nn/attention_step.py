@@ -65,7 +65,8 @@ class AttentionStep(NamedTuple):
             cache_lengths=(here["cache_lengths"], "batch_size"),
             lookup_table=(here["lookup_table"], "batch_size max_pages"),
         )
-        checks.check_contiguous(x=x, blocks=blocks)
+        checks.check_vectors(x=x)
+        checks.check_contiguous(blocks=blocks)
 
         kv, host_kv = (
             PagedKVCacheCollection(

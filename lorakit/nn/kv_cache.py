@@ -72,6 +72,10 @@ class KVCacheParams:
                     f"{name} must be {default}, as others are not implemented, "
                     f"got {getattr(self, name)!r}"
                 )
+        if not isinstance(self.cache_strategy, KVCacheStrategy):
+            raise TypeError(
+                f"cache_strategy must be a lorakit.KVCacheStrategy, got {self.cache_strategy!r}"
+            )
         storage_dtype(self.dtype)
         positive(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
         if self.page_size is not None:

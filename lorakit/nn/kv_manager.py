@@ -100,7 +100,8 @@ class PagedKVCacheManager:
         self.params = params
         self.device = single_device(devices)
         self.enable_runtime_checks = enable_runtime_checks
-        page_shape = (2, num_layers, page_size, params.n_kv_heads_per_device, params.head_dim)
+        heads = (params.n_kv_heads_per_device, params.head_dim)
+        page_shape = (2, self.num_layers, self.page_size, *heads)
         dtype = params.dtype.to_numpy()
         page_bytes = int(np.prod(page_shape, dtype=np.int64)) * dtype.itemsize
         self.num_pages = integer(cache_memory, "cache_memory") // page_bytes
@@ -215,13 +216,16 @@ class PagedKVCacheManager:
         Raises:
             ValueError, TypeError: The offsets do not fit the collection, or no step is left.
         """
-        offsets, _ = as_metadata(
+        offsets, host_offsets = as_metadata(
             input_row_offsets, self.device, "input_row_offsets", checks.OFFSET_DTYPES
         )
         lengths = collection.cache_lengths
         checks.check_shapes(
             cache_lengths=(lengths, "batch_size"), input_row_offsets=(offsets, "batch_size+1")
         )
+        if host_offsets is not None:
+            last = int(host_offsets[-1])
+            checks.check_offsets("input_row_offsets", host_offsets, last, exact=True)
         if len(collection.max_lengths) < 2:
             raise ValueError("collection must have a step left, got the last one of its fetch")
         with current_device_of(lengths):
@@ -298,7 +302,7 @@ class PagedKVCacheManager:
         return out
 
     def _check_out(self, out: PagedKVCacheCollection, batch: int, num_steps: int) -> None:
-        if out.blocks is not self.blocks:
+        if not isinstance(out, PagedKVCacheCollection) or out.blocks is not self.blocks:
             raise ValueError("out must be a collection that this manager fetched")
         width = self._table_shape(batch)[1]
         checks.check_shapes(
@@ -308,6 +312,8 @@ class PagedKVCacheManager:
                 "out.max_lengths": (out.max_lengths, f"{num_steps} 2"),
             }
         )
+        for name in ("cache_lengths", "lookup_table", "max_lengths"):
+            checks.check_dtype((np.uint32,), **{f"out.{name}": getattr(out, name)})
 
     def _table_shape(self, batch: int) -> tuple[int, int]:
         return batch, -(-self.max_seq_len // self.page_size)

@@ -94,7 +94,7 @@ class Linear(Module):
         x = as_array(x, self.device, "x", self.dtype.to_numpy())
         if x.ndim == 0 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must have shape [..., in_dim = {self.in_dim}], got {x.shape}")
-        checks.check_contiguous(x=x)  # a reshape would copy any other silently
+        checks.check_vectors(x=x)  # a reshape would copy any other silently
         return x.reshape(math.prod(x.shape[:-1]), self.in_dim), x.shape[:-1]
 
     @property

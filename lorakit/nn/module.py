@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lorakit import checks
 from lorakit.nn.arrays import Array, as_any_array, copy_into
 
@@ -56,7 +58,7 @@ class Module:
         Args:
             state: An array for each name of `state_dict`, of the same shape and dtype, on any
                 device. Adapter weights (``lora_A.weight``, ``lora_B.weight``, ``lora.bias``) may be
-                left out.
+                left out. Values must not be views of other weights of this module.
             strict: False allows missing and ignores unexpected names.
 
         Raises:
@@ -72,6 +74,8 @@ class Module:
             checks.check_dtype((array.dtype,), **{name: value})
             if value.shape != array.shape:
                 raise ValueError(f"{name} must have shape {array.shape}, got {value.shape}")
+            if isinstance(array, np.ndarray) and not array.flags.writeable:
+                raise ValueError(f"{name} must be writable in the layer, got a read-only array")
         for name, value in loaded.items():
             copy_into(weights[name].array, value)
         for name in loaded:

@@ -35,10 +35,7 @@ def check_segments(
         checks.check_vectors(lora_ranks=lora_ranks)
         checks.check_ranks("lora_ranks", lora_ranks)
     if slot_ranks is not None:
-        if tuple(slot_ranks.shape) != (max_num_loras,):
-            raise ValueError(
-                f"slot_ranks must have shape [{max_num_loras}], got {tuple(slot_ranks.shape)}"
-            )
+        checks.check_shapes(slot_ranks=(slot_ranks, f"{max_num_loras}"))
         checks.check_dtype((np.int32,), slot_ranks=slot_ranks)
         checks.check_vectors(slot_ranks=slot_ranks)
         checks.check_ranks("slot_ranks", slot_ranks)
@@ -100,8 +97,10 @@ def check_metadata_place(arrays_of: Any, **metadata: Any) -> None:
     """Metadata is on the host, where it can be checked, or where the arrays are; else `TypeError`."""
     place = jit.place_of(arrays_of)
     for name, array in metadata.items():
-        if array is not None and not jit.is_host(array) and jit.place_of(array) != place:
-            raise TypeError(f"{name} must be on the CPU or on {place}, got {jit.place_of(array)}")
+        if array is not None and not jit.is_host(array):
+            here = checks.place_of(name, array)
+            if here != place:
+                raise TypeError(f"{name} must be on the CPU or on {place}, got {here}")
 
 
 def signed(backend: Backend, array: Any) -> Any:

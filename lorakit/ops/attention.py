@@ -33,6 +33,9 @@ def attention_ragged(
 
     Query head ``h`` reads key head ``h // (n_heads / n_kv_heads)``.
 
+    Slots past a sequence's end may hold anything. A value of this step that is NaN or infinite may make
+    earlier queries of its own sequence NaN on a GPU, where a masked value is multiplied with 0.
+
     Args:
         q: ``[total_tokens, n_heads, head_dim]`` in the cache's dtype; rows may lie apart.
         input_row_offsets: ``[batch_size + 1]`` uint32 or int32.
@@ -64,6 +67,8 @@ def attention_ragged(
         raise ValueError(
             f"q must have a multiple of n_kv_heads = {n_kv_heads} heads, got {n_heads}"
         )
+    if rows * (n_heads // n_kv_heads) >= 2**31:
+        raise ValueError(f"q must have less than 2^31 rows per key head, got {rows} tokens")
     checks.check_same_place(blocks=blocks, q=q)
     checks.check_aligned_rows(q=q)
     backend = jit.backend_of(q)
@@ -99,7 +104,7 @@ def attention_ragged(
             n_heads,
             np.int64(q.strides[0] // q.dtype.itemsize),
             float(sizes["head_dim"] ** -0.5 if scale is None else scale),
-            causal,
+            bool(causal),
             *cache_sizes(kv_collection, layer_idx),
         ],
     )

@@ -98,7 +98,7 @@ def cache_sizes(kv_collection: Any, layer_idx: int) -> list[int]:
     """The sizes of the cache as every kernel takes them, last."""
     num_pages, _, num_layers, page_size, n_kv_heads, head_dim = kv_collection.blocks.shape
     max_pages = kv_collection.lookup_table.shape[1]
-    return [num_pages, max_pages, num_layers, layer_idx, page_size, n_kv_heads, head_dim]
+    return [num_pages, max_pages, num_layers, int(layer_idx), page_size, n_kv_heads, head_dim]
 
 
 def _check(

@@ -102,7 +102,7 @@ def rope_ragged(
             np.int64(q.strides[0] // q.dtype.itemsize),
             sizes["positions"],
             rotary_dim,
-            rotate_last,
+            bool(rotate_last),
             *cache_sizes(kv_collection, layer_idx),
         ],
     )

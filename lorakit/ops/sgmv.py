@@ -89,8 +89,8 @@ def sgmv_expand(
         h=(h, "total_tokens max_lora_rank"), lora_b=(lora_b, "max_num_loras out_dim max_lora_rank")
     )
     checks.check_dtype((np.float32,), h=h)
-    checks.check_contiguous(h=h)
-    _check_expand(h, lora_b, segments, bias, add_to)
+    checks.check_vectors(h=h)
+    _check_expand("h", h, lora_b, segments, bias, add_to)
     backend = jit.backend_of(h)
     if backend is None:
         return reference.sgmv_expand(
@@ -134,7 +134,7 @@ def sgmv_lora(
     )
     checks.check_dtype((x.dtype,), lora_b=lora_b)
     _check_shrink(x, lora_a, segments)
-    _check_expand(x, lora_b, segments, bias, add_to)
+    _check_expand("x", x, lora_b, segments, bias, add_to)
     backend = jit.backend_of(x)
     if backend is None:
         return reference.sgmv_lora(
@@ -193,8 +193,8 @@ def sgmv_qkv_lora(
     Raises:
         ValueError, TypeError: Naming the argument; nothing was written.
     """
-    slot_ranks = slot_ranks or (None, None, None)
-    bias = bias or (None, None, None)
+    slot_ranks = (None, None, None) if slot_ranks is None else slot_ranks
+    bias = (None, None, None) if bias is None else bias
     for name, triple in (
         ("lora_a", lora_a),
         ("lora_b", lora_b),
@@ -221,7 +221,7 @@ def sgmv_qkv_lora(
         )
         checks.check_dtype((x.dtype,), lora_b=b)
         _check_shrink(x, a, segments)
-        _check_expand(x, b, segments, part_bias, None)
+        _check_expand("x", x, b, segments, part_bias, None)
         if part != "q" and b.shape[1] != kv_shape[1] * kv_shape[2]:
             raise ValueError(
                 f"lora_b of {part} must have n_kv_heads * head_dim = {kv_shape[1] * kv_shape[2]} outputs, "
@@ -243,11 +243,10 @@ def sgmv_qkv_lora(
             bias=bias,
         )
 
-    # -0.0 is what leaves every number as it is when added, 0.0 too: base rows keep their bits.
     deltas = [
         backend.zeros((rows, lora_b[0].shape[1]), x.dtype),
-        backend.full((rows, lora_b[1].shape[1]), np.float32, -0.0),
-        backend.full((rows, lora_b[2].shape[1]), np.float32, -0.0),
+        _negative_zeros(backend, (rows, lora_b[1].shape[1])),
+        _negative_zeros(backend, (rows, lora_b[2].shape[1])),
     ]
     for delta, a, b, part_ranks, part_bias in zip(
         deltas, lora_a, lora_b, slot_ranks, bias, strict=True
@@ -266,6 +265,14 @@ def sgmv_qkv_lora(
     return deltas[0]
 
 
+def _negative_zeros(backend: jit.Backend, shape: tuple[int, int]) -> Any:
+    """float32 -0.0, which added leaves every number as it is, 0.0 too: base rows keep their bits.
+
+    By their bits, since whoever fills an array with a value equal to 0 may clear it instead.
+    """
+    return backend.full(shape, np.uint32, 0x8000_0000).view(np.float32)
+
+
 Segments = tuple[Any, Any, Any, Any]  # lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks
 
 
@@ -273,33 +280,35 @@ def _check_shrink(x: Any, lora_a: Any, segments: Segments) -> None:
     sizes = checks.check_shapes(
         x=(x, "total_tokens in_dim"), lora_a=(lora_a, "max_num_loras max_lora_rank in_dim")
     )
+    if sizes["in_dim"] < 1:
+        raise ValueError(f"x must have at least one column, got {tuple(x.shape)}")
     checks.check_dtype(STORAGE, x=x)
     checks.check_dtype((x.dtype,), lora_a=lora_a)
     checks.check_same_place(x=x, lora_a=lora_a)
-    checks.check_contiguous(x=x)
+    checks.check_vectors(x=x)
     _check_segments(x, segments, sizes["max_num_loras"])
 
 
-def _check_expand(rows_of: Any, lora_b: Any, segments: Segments, bias: Any, add_to: Any) -> None:
+def _check_expand(
+    name: str, rows_of: Any, lora_b: Any, segments: Segments, bias: Any, add_to: Any
+) -> None:
     rows, (max_num_loras, out_dim, _) = rows_of.shape[0], lora_b.shape
     checks.check_dtype(STORAGE, lora_b=lora_b)
-    checks.check_same_place(rows=rows_of, lora_b=lora_b)
+    checks.check_same_place(**{name: rows_of, "lora_b": lora_b})
     if bias is not None:
-        if tuple(bias.shape) != (max_num_loras, out_dim):
-            raise ValueError(
-                f"bias must have shape [{max_num_loras}, {out_dim}], got {tuple(bias.shape)}"
-            )
+        checks.check_shapes(bias=(bias, f"{max_num_loras} {out_dim}"))
         checks.check_dtype((lora_b.dtype,), bias=bias)
         checks.check_same_place(lora_b=lora_b, bias=bias)
         checks.check_vectors(bias=bias)
     if add_to is not None:
-        if tuple(add_to.shape) != (rows, out_dim):
-            raise ValueError(
-                f"add_to must have shape [{rows}, {out_dim}], got {tuple(add_to.shape)}"
-            )
+        checks.check_shapes(add_to=(add_to, f"{rows} {out_dim}"))
         checks.check_dtype((lora_b.dtype, np.float32), add_to=add_to)
         checks.check_same_place(lora_b=lora_b, add_to=add_to)
         checks.check_rows(add_to=add_to)
+        if rows > 1 and add_to.strides[0] < out_dim * add_to.dtype.itemsize:
+            raise ValueError(
+                f"add_to must have rows that do not overlap, got strides {tuple(add_to.strides)}"
+            )
     _check_segments(rows_of, segments, max_num_loras)
 
 

@@ -8,11 +8,12 @@ import os
 import queue
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.mutants import equivalents, table
-from tests.mutants.runner import Stage, Verdict, Workshop
+from tests.mutants.runner import QUICK, STAGES, Stage, Verdict, Workshop
 from tests.mutants.sites import KINDS, Mutant, all_mutants
 
 
@@ -24,6 +25,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--tests", nargs="+", help="run these tests only, in order")
+    parser.add_argument(
+        "--quick", action="store_true", help="run a few tests only, which kill most"
+    )
     parser.add_argument("--until", help="start no mutant after this time of day, such as 15:20")
     parser.add_argument("--equivalents", action="store_true", help="run known equivalents too")
     parser.add_argument(
@@ -48,8 +52,17 @@ def main() -> int:
         return 0
     results = load(options.json)
     todo = [mutant for mutant in chosen if mutant.key not in results]
-    stages = [Stage("tests", tests=tuple(options.tests))] if options.tests else None
-    run(todo, options.jobs, stages, options.until, options.json, results)
+    chosen_stages: dict[str, tuple[Stage, ...]]
+    if options.quick:
+        chosen_stages = dict.fromkeys(KINDS, (QUICK,))
+    elif options.tests:
+        chosen_stages = dict.fromkeys(KINDS, (Stage("tests", tests=tuple(options.tests)),))
+    else:
+        chosen_stages = {
+            kind: tuple(s for s in stages if not options.stage or s.name in options.stage)
+            for kind, stages in STAGES.items()
+        }
+    run(todo, options.jobs, chosen_stages, options.until, options.json, results)
     verdicts = {mutant: results[mutant.key] for mutant in everything if mutant.key in results}
     if options.table:
         options.table.write_text(table.markdown(everything, verdicts))
@@ -68,7 +81,7 @@ def load(path: Path | None) -> dict[str, Verdict]:
 def run(
     mutants: list[Mutant],
     jobs: int,
-    stages: list[Stage] | None,
+    stages: Mapping[str, Sequence[Stage]],
     until: str | None,
     path: Path | None,
     results: dict[str, Verdict],
@@ -82,7 +95,7 @@ def run(
             return None
         workshop = workshops.get()
         try:
-            return workshop.judge(mutant, stages)
+            return workshop.judge(mutant, stages[mutant.kind])
         finally:
             workshops.put(workshop)
 
@@ -95,7 +108,7 @@ def run(
             results[mutant.key] = verdict
             fate = verdict.killed_by or "SURVIVED"
             print(f"{number}/{len(mutants)} {mutant} {fate} ({verdict.seconds:.0f} s)", flush=True)
-            if path:
+            if path and (verdict.killed_by or stages == STAGES):
                 with path.open("a") as file:
                     line = {"mutant": mutant.key, **vars(verdict)}
                     file.write(json.dumps(line) + "\n")

@@ -17,16 +17,23 @@ class Equivalent:
         code: The line, or the part of it that tells it from all others.
         changes: ``before -> after`` of each mutant of this line that is meant.
         reason: Why no test can tell.
+        nth: Which of several equal lines; None: all.
     """
 
     path: str
     code: str
     changes: tuple[str, ...]
     reason: str
+    nth: int | None = None
 
     def covers(self, mutant: Mutant) -> bool:
         change = f"{mutant.before} -> {mutant.after}"
-        return mutant.path == self.path and self.code in mutant.code and change in self.changes
+        return (
+            mutant.path == self.path
+            and self.code in mutant.code
+            and change in self.changes
+            and self.nth in (None, mutant.nth)
+        )
 
 
 _WORK = "Only a shortcut: without it the block computes what it then does not store."
@@ -97,6 +104,25 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "q + static_cast<long long>(tile.begin + token_of(m)) * q_stride",
         ("long long -> int",),
         _WIDE,
+    ),
+    Equivalent(
+        "attention.cu",
+        "for (int n = threadIdx.x; n < kBlockN; n += kThreads) {",
+        ("n += kThreads -> n += kThreads + 1",),
+        "A block has at least kBlockN threads, so that the body runs at most once.",
+    ),
+    Equivalent(
+        "attention.cu",
+        "for (int t = 0; t < num_tiles; ++t) {",
+        ("< -> <=",),
+        "The keys of the tile after the last are all masked: nothing is added.",
+    ),
+    Equivalent(
+        "attention.cu",
+        "for (int i = 0; i < kHeadDim / 8; ++i) {",
+        ("< -> <=",),
+        "The next line goes on to the next i where d is beyond the head.",
+        nth=1,
     ),
     # ---- rope.cu, kv_cache.cu
     Equivalent("kv_cache.cu", "long long row = 0;", ("long long -> int",), _WIDE),

@@ -26,6 +26,11 @@ TESTS = {
     "common/tile.cuh": ("tests/ops/test_sgmv.py", "tests/ops/test_attention.py"),
     "common/reduce.cuh": ("tests/ops/test_sgmv.py", "tests/ops/test_attention.py"),
     "common/softmax.cuh": ("tests/ops/test_attention.py",),
+    "common/paged_kv.cuh": (
+        "tests/ops/test_kv_cache.py",
+        "tests/ops/test_rope.py",
+        "tests/ops/test_attention.py",
+    ),
 }
 # Of the tests of large addresses, those that run a source.
 _LARGE = {
@@ -33,6 +38,9 @@ _LARGE = {
     "kv_cache.cu": "store or add",
     "rope.cu": "rope",
     "attention.cu": "attention",
+    "common/paged_kv.cuh": "cache",
+    "common/tile.cuh": "shrink or expand",
+    "common/ragged.cuh": "threads or rows_of_attention",
 }
 _KERNELS = ("sgmv", "kv_cache", "rope", "attention", "sgmv_qkv")
 ALL_TESTS = tuple(f"tests/ops/test_{name}.py" for name in _KERNELS)
@@ -44,6 +52,7 @@ COMMON_TESTS = (
 
 SECONDS = 900  # of a stage; clean sources need a tenth of it
 _LAUNCH_SECONDS = 20
+_FLAGS = ("-Og", "-g0")  # what compiles fastest
 
 # pytest without the plugins that these tests do not need.
 _QUICK = [
@@ -78,6 +87,7 @@ class Stage:
     marks: str = ""
 
 
+QUICK = Stage("quick")
 _IN_ORDER = Stage("in order")
 _ORDERS = (Stage("lifo", "lifo", marks="sanitize"), Stage("random", "random", marks="sanitize"))
 _REPEATED = Stage("repeated", tests=("tests/ops/test_invariance.py",))
@@ -120,6 +130,8 @@ class Workshop:
         runtime = build.runtime_library()  # made once for all
         shutil.copy(runtime, self.cache / runtime.name)
         self._runtime = runtime.name
+        self._headers = self.folder / "precompiled"
+        self._precompile(self._headers / "emulator" / "launcher.h.gch")
 
     def __enter__(self) -> Workshop:
         return self
@@ -127,15 +139,25 @@ class Workshop:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder)
 
-    def judge(self, mutant: Mutant, stages: Sequence[Stage] | None = None) -> Verdict:
-        """Run the stages of a mutant's class until one kills it."""
+    def _precompile(self, path: Path) -> None:
+        """What every kernel includes first: read once for all mutants but those of types.cuh."""
+        path.parent.mkdir(parents=True)
+        folders = (build.INCLUDE, self.sources, build.cuda_include())
+        header = build.INCLUDE / "emulator" / "launcher.h"
+        command = [build.compiler(), *build.KERNEL_FLAGS, *_FLAGS, *(f"-I{f}" for f in folders)]
+        command += ["-w", "-x", "c++-header", str(header), "-o", str(path)]
+        subprocess.run(command, check=True)
+
+    def judge(self, mutant: Mutant, stages: Sequence[Stage]) -> Verdict:
+        """Run stages until one kills the mutant."""
         begin = time.monotonic()
         text = (self.sources / mutant.path).read_text()
         (self.sources / mutant.path).write_text(mutant.apply(text))
         try:
-            for stage in STAGES[mutant.kind] if stages is None else stages:
+            for stage in stages:
                 select = _LARGE.get(mutant.path, "") if stage is _LARGE_ADDRESSES else ""
-                killer = self.run(stage, stage.tests or tests_of(mutant.path), select)
+                quick = mutant.path != "common/types.cuh"
+                killer = self.run(stage, stage.tests or tests_of(mutant.path), select, quick)
                 if killer:
                     return Verdict(f"{stage.name}: {killer}", time.monotonic() - begin)
             return Verdict("", time.monotonic() - begin)
@@ -145,7 +167,9 @@ class Workshop:
                 if path.name != self._runtime:
                     path.unlink() if path.is_file() else shutil.rmtree(path)
 
-    def run(self, stage: Stage, tests: Sequence[str], select: str = "") -> str:
+    def run(
+        self, stage: Stage, tests: Sequence[str], select: str = "", precompiled: bool = True
+    ) -> str:
         """What fails: the first test, "compiler" or "timeout"; an empty string when all pass."""
         environment = sanitizers.environment(stage.sanitizer) if stage.sanitizer else {**os.environ}
         environment |= {
@@ -153,10 +177,12 @@ class Workshop:
             "LORAKIT_EMULATOR_CACHE": str(self.cache),
             "LORAKIT_EMULATOR_SCHEDULE": stage.schedule,
             "LORAKIT_EMULATOR_SEED": "1",
+            "LORAKIT_MUTANTS_QUICK": "1" if stage == QUICK else "",
             "LORAKIT_EMULATOR_SECONDS": str(_LAUNCH_SECONDS),
-            "LORAKIT_EMULATOR_OPTIMIZATION": "-O1 -g0",  # compiles twice as fast as with -g
+            "LORAKIT_EMULATOR_OPTIMIZATION": " ".join(_FLAGS)
+            + (f" -I{self._headers}" if precompiled and not stage.sanitizer else ""),
         }
-        options = ["-x", "-q", "-rf", "--tb=short", "--kernels=emulator"]
+        options = ["-x", "-q", "-rfE", "--tb=short", "--kernels=emulator"]
         options += ["-p", "tests.mutants.shuffle", *_QUICK]
         options += ["-m", stage.marks] if stage.marks else []
         options += ["-k", select] if select else []
@@ -179,5 +205,5 @@ class Workshop:
             raise RuntimeError(f"pytest could not run:\n{result.stdout}\n{result.stderr}")
         if f"{build.compiler()} -std=" in result.stdout and ": error: " in result.stdout:
             return "compiler"
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
         return failed[1] if failed else "pytest"

@@ -184,6 +184,27 @@ def test_a_replaced_weight_counts(device: DeviceRef, to_device: Any, to_host: An
     assert_within_budget(y, s.model.rows(x), s.model.rows(x))
 
 
+def test_a_replaced_weight_that_does_not_fit(device: DeviceRef, to_device: Any) -> None:
+    layer = setup(device).layer
+    for value, error, words in (
+        (normal(9, 32, 40).astype(np.float16), TypeError, "k_proj.weight must be float32, got"),
+        (normal(9, 31, 40), ValueError, r"k_proj.weight must have shape \[32, 40\], got"),
+    ):
+        layer.k_proj.weight = to_device(value)
+        with pytest.raises(error, match=words):
+            _ = layer.wqkv
+
+
+@pytest.mark.parametrize("replaced", ["q_proj", "qkv_proj"])
+def test_a_stacked_weight_is_written_and_not_replaced(device: DeviceRef, replaced: str) -> None:
+    """Else its name in the state dict and its slices would hold different values."""
+    layer = setup(device, stacked_qkv=True).layer
+    projection = getattr(layer, replaced)
+    projection.weight = projection.weight.copy()
+    with pytest.raises(ValueError, match=r"must stay slices of qkv_proj\.weight"):
+        _ = layer.wqkv
+
+
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize("clip", [0.0, 0.15])
 @pytest.mark.parametrize("stacked_qkv", [False, True])
@@ -284,6 +305,11 @@ def test_attributes(device: DeviceRef) -> None:
         ({"scale": float("nan")}, ValueError, "scale must be None or finite"),
         ({"clip_qkv": -0.5}, ValueError, "clip_qkv must be None or at least 0"),
         ({"linear_cls": lambda **arguments: object()}, TypeError, "linear_cls must return"),
+        (
+            {"linear_cls": lambda **a: Linear(a["in_dim"], 1, a["dtype"], a["device"])},
+            ValueError,
+            r"linear_cls must return a layer .* weight \(96, 40\), got .* weight \(1, 40\)",
+        ),
         (
             {
                 "kv_params": KVCacheParams(

@@ -156,6 +156,15 @@ def test_host_metadata_is_a_snapshot() -> None:
     assert host[0] == 1
 
 
+def test_host_metadata_of_other_producers_is_a_snapshot_too() -> None:
+    """So that its values are checked as those of a NumPy array are."""
+    ids = np.array([1, 2], np.int32)
+    array, host = as_metadata(Producer(ids), CPU, "ids", (np.int32,))
+    ids[0] = 7
+    assert host is not None
+    assert (array[0], host[0]) == (1, 1)
+
+
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint32(3), np.array(3), np.array([3], "u4")])
 def test_integers_on_the_host(value: Any) -> None:
     result = integer(value, "layer_idx")

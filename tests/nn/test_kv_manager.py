@@ -65,6 +65,7 @@ def test_params() -> None:
         ({"host_kvcache_swap_space_gb": 1.0}, NotImplementedError, "host_kvcache_swap_space_gb"),
         ({"n_devices": 2}, NotImplementedError, "n_devices must be 1"),
         ({"data_parallel_degree": 2}, NotImplementedError, "data_parallel_degree must be 1"),
+        ({"cache_strategy": "paged"}, TypeError, "cache_strategy must be a lorakit.KVCacheStr"),
     ],
 )
 def test_params_refusals(change: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -96,6 +97,11 @@ def test_blocks_take_as_many_pages_as_fit(device: DeviceRef, to_host: Any, page_
     assert m.blocks.shape == (7, 2, 3, page_size, 2, 8)
     assert m.blocks.dtype == np.float16
     assert not to_host(m.blocks).any()
+
+
+def test_sizes_may_be_numpy_integers(device: DeviceRef) -> None:
+    m = manager(device, num_layers=np.array([3]), page_size=np.int64(4), max_seq_len=np.uint32(18))
+    assert m.blocks.shape == (10, 2, 3, 4, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +307,8 @@ def test_several_steps(device: DeviceRef, to_device: Any, to_host: Any) -> None:
         m.increment_cache_lengths(c, offsets(7))
     with pytest.raises(TypeError, match="input_row_offsets must be uint32 or int32"):
         m.increment_cache_lengths(c, offsets(7, 2).astype(np.int64))
+    with pytest.raises(ValueError, match="input_row_offsets must not decrease, got 7 before 2"):
+        m.increment_cache_lengths(c, np.array([0, 7, 2], np.uint32))
     m.step(["a", "b"])
     assert to_host(m.fetch(["a", "b"], [1, 1]).cache_lengths).tolist() == [9, 4]
 
@@ -334,6 +342,9 @@ def test_an_out_that_does_not_fit_changes_nothing(device: DeviceRef) -> None:
         m.fetch(["a"], [5], num_steps=2, out=out)
     with pytest.raises(ValueError, match="out must be a collection that this manager fetched"):
         m.fetch(["a"], [5], out=other.fetch(["a"], [1]))
+    out.cache_lengths = out.cache_lengths.astype(np.float32)
+    with pytest.raises(TypeError, match=r"out\.cache_lengths must be uint32, got float32"):
+        m.fetch(["a"], [5], out=out)
     assert m.get_req_blocks("a") == [0]
     assert m.get_req_blocks("b") == []
 

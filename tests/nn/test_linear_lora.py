@@ -137,6 +137,17 @@ def test_leading_axes_are_flattened_to_rows(
     np.testing.assert_array_equal(y.reshape(6, OUT), flat)
 
 
+def test_rows_may_start_anywhere_in_memory(device: DeviceRef, to_device: Any, to_host: Any) -> None:
+    """A slice of rows of 6 float32 begins at no multiple of 16 bytes."""
+    layer = LinearLoRA(6, 4, 1, 2, DType.float32, device)
+    layer.load_state_dict({"weight": normal(1, 4, 6)})
+    layer.set_adapter(0, normal(2, 2, 6), normal(3, 4, 2))
+    layer.set_lora_batch_info(*info((0, 3), (-1, 1)))
+    x = normal(4, 5, 6)
+    y = to_host(layer(to_device(x)[1:]))
+    np.testing.assert_allclose(y, to_host(layer(to_device(x[1:].copy()))), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("bound", [1, 2, 4, None])
 def test_lora_ranks_bound_the_rank_of_a_group(
     device: DeviceRef, to_device: Any, to_host: Any, bound: int | None

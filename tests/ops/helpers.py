@@ -59,7 +59,7 @@ def parameters(
 
 def skip_where_slow(case: Any, kernels: KernelDevice) -> None:
     if case.gpu_only and kernels.name == "emulator":
-        pytest.skip("too large for the emulator")
+        pytest.skip("needs a GPU: too large for the emulator")
 
 
 @contextlib.contextmanager

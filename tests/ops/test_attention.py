@@ -264,6 +264,33 @@ def test_nan_in_a_live_slot_is_seen(
         assert_bitwise_equal(out[1:], clean[1:], "the other sequence")
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        0,
+        pytest.param(
+            1,
+            marks=pytest.mark.xfail(
+                strict=True, reason="a masked value is multiplied with 0, and 0 * NaN is NaN"
+            ),
+        ),
+    ],
+    ids=["key", "value"],
+)
+def test_nan_behind_the_causal_mask_is_not_seen(
+    part: int, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Queries before a token that is NaN do not see it, though it is live and of their sequence."""
+    case = Case("", (3,), (6,), dtype=FLOAT16)
+    cache = case.cache(rng)
+    q = kernels.asarray(case.rows(rng, case.n_heads))
+    clean = kernels.to_host(run(case, kernels, q, cache)[0])
+    cache.blocks[cache.lookup_table[0, 0], part, 1, 7] = np.nan  # of query 4
+    out = kernels.to_host(run(case, kernels, q, cache)[0])
+    assert np.isnan(out[4:]).all()
+    assert_bitwise_equal(out[:4], clean[:4])
+
+
 @each_dtype
 def test_scattered_pages_and_pages_in_a_row(
     dtype: Any, kernels: KernelDevice, rng: np.random.Generator

@@ -125,6 +125,61 @@ def test_the_first_element_of_the_cache_and_the_last_place_of_the_table(
     assert kernels.take_errors() == ""
 
 
+@pytest.mark.parametrize("op", ["store", "add", "rope"])
+def test_positions_of_more_than_32_bits_are_on_no_page(
+    op: str, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Cut to 32 bits they would be negative, on the last page of the sequence before."""
+    case = CacheCase("", (1, 1), (1, 2), page_size=1, dtype=FLOAT32)
+    cache = case.cache(rng)
+    cache.lookup_table[0, :] = cache.lookup_table[0, 0]
+    cache.blocks[...] = 1
+    cache.cache_lengths[1] = 2**32 - 1
+    offsets, on_device = case.place(kernels, cache)
+    rows = kernels.asarray(case.rows(rng, 2))
+    if op == "rope":
+        ops.rope_ragged(rows, offsets, on_device, kernels.asarray(rotary_table(1, 64) * 2), 1)
+        assert "position" in kernels.take_errors()
+    else:
+        getattr(ops, f"{op}_kv")(rows, rows, offsets, on_device, 1)
+        assert "page" in kernels.take_errors()
+    blocks = kernels.to_host(on_device.blocks)
+    live = cache.lookup_table[0, 0]
+    assert (np.delete(blocks, live, axis=0) == 1).all()
+    # The first sequence's own token is stored there, once.
+    (case_alone, alone) = (replace(case, cached=(1,), new=(1,)), cache)
+    alone = replace(
+        cache, cache_lengths=cache.cache_lengths[:1], lookup_table=cache.lookup_table[:1]
+    )
+    offsets, expected = case_alone.place(kernels, alone)
+    if op == "rope":
+        ops.rope_ragged(rows[:1], offsets, expected, kernels.asarray(rotary_table(1, 64) * 2), 1)
+        kernels.take_errors()
+    else:
+        getattr(ops, f"{op}_kv")(rows[:1], rows[:1], offsets, expected, 1)
+    assert_bitwise_equal(blocks, expected.blocks)
+
+
+@pytest.mark.parametrize("length", [6, 20, 2**31 - 1, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_length_beyond_the_table_sees_what_the_table_holds(
+    length: int, causal: bool, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    case = CacheCase("", (5,), (3,), page_size=4, n_heads=2, dtype=FLOAT32)
+    cache = case.cache(rng)
+    cache = replace(cache, lookup_table=np.ascontiguousarray(cache.lookup_table[:, :2]))
+    offsets, on_device = case.place(kernels, cache)
+    q = kernels.asarray(case.rows(rng, 2))
+    expected = ops.attention_ragged(q, offsets, on_device, 1, causal=False, return_lse=True)
+    assert kernels.take_errors() == ""
+    too_long = replace(on_device, cache_lengths=kernels.asarray(np.array([length], np.uint32)))
+    result = ops.attention_ragged(q, offsets, too_long, 1, causal=causal, return_lse=True)
+    assert "page" in kernels.take_errors()
+    rows = slice(1 if length == 6 and causal else 0, None)  # the row at position 6 sees 7 keys
+    for one, other in zip(result, expected, strict=True):
+        assert_bitwise_equal(one[rows], other[rows])
+
+
 # ---- What has no rows --------------------------------------------------------------------------------
 
 
@@ -182,4 +237,16 @@ def test_a_bad_offset_anywhere(
             ops.rope_ragged(q, offsets_on_device, cache, table, 1)
         else:
             ops.attention_ragged(q, offsets_on_device, cache, 1)
+    assert "offsets" in kernels.take_errors()
+
+
+@pytest.mark.parametrize("offsets", [(0, 2**31 - 1, 9), (0, -(2**31), 9), (0, 2**30, 2**31 - 1)])
+def test_bad_offsets_of_many_heads(
+    offsets: tuple[int, ...], kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Offsets times heads need more than 32 bits: sanitizers see to it that nothing overflows."""
+    case = CacheCase("", (3, 2), (4, 5), n_heads=16, n_kv_heads=1, head_dim=8, dtype=FLOAT32)
+    cache = kernels.cache(case.cache(rng))
+    q = kernels.asarray(case.rows(rng, 16))
+    ops.attention_ragged(q, kernels.asarray(np.array(offsets, np.int32)), cache, 1)
     assert "offsets" in kernels.take_errors()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lorakit import ops, reference
+from lorakit.dtypes import bfloat16
 from lorakit.testing import assert_bitwise_equal, assert_within_budget, widen
 from tests.ops.helpers import (
     FLOAT16,
@@ -199,6 +200,24 @@ def test_what_is_not_finite_stays_in_its_row(
         assert np.isnan(dirty[3]).all()
         assert not np.isfinite(dirty[16]).any()
         assert_bitwise_equal(dirty[others], clean[others])
+
+
+def test_rows_may_start_anywhere(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """`x` and `h` one element past a multiple of 16 bytes: the bits of aligned ones."""
+    a, b = rng.standard_normal((2, 3, 16)), rng.standard_normal((2, 3, 8))
+    groups = (np.array([1, 0], np.int32), None, np.array([0, 2, 5], np.uint32))
+    lora_a = kernels.asarray(a.astype(bfloat16))
+    lora_b = kernels.asarray(b.astype(bfloat16)).transpose(0, 2, 1)
+    x = kernels.asarray(rng.standard_normal(5 * 16 + 1).astype(bfloat16))[1:].reshape(5, 16)
+    h = kernels.asarray(rng.standard_normal(5 * 3 + 1).astype(np.float32))[1:].reshape(5, 3)
+    assert_bitwise_equal(
+        ops.sgmv_lora(x, lora_a, lora_b, *groups),
+        ops.sgmv_lora(kernels.asarray(kernels.to_host(x)), lora_a, lora_b, *groups),
+    )
+    assert_bitwise_equal(
+        ops.sgmv_expand(h, lora_b, *groups),
+        ops.sgmv_expand(kernels.asarray(kernels.to_host(h)), lora_b, *groups),
+    )
 
 
 def test_an_unbounded_rank(kernels: KernelDevice, rng: np.random.Generator) -> None:

@@ -98,8 +98,23 @@ def row_gaps(array: NDArray[Any]) -> NDArray[Any]:
     return wide[:, :-1].reshape(array.shape)
 
 
+def one_row(array: NDArray[Any]) -> NDArray[Any]:
+    """The same shape, but every row is the first one."""
+    return np.lib.stride_tricks.as_strided(array, strides=(0, *array.strides[1:]))
+
+
 def in_type(dtype: Any) -> Callable[[NDArray[Any]], NDArray[Any]]:
     return lambda array: array.astype(dtype)
+
+
+class Unknown:
+    """An array of a library that ops do not know."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.array, name)
 
 
 def last(value: Any) -> Callable[[list[Any]], list[Any]]:
@@ -121,12 +136,16 @@ REFUSALS = (
     ),
     R("sgmv_shrink", "lora_grouped_offsets", ints(), "lora_grouped_offsets must have at least one"),
     R("sgmv_shrink", "slot_ranks", ints(8, 8), r"slot_ranks must have shape \[3\], got \(2,\)"),
+    R("sgmv_shrink", "slot_ranks", [8, 8, 8], r"slot_ranks must be an array \[3\], got list", T),
+    R("sgmv_expand", "bias", [[1.0]], r"bias must be an array \[3 32\], got list", T),
+    R("sgmv_expand", "add_to", [[1.0]], r"add_to must be an array \[5 32\], got list", T),
     R("sgmv_expand", "h", ones(5, 9), "lora_b has max_lora_rank = 8, but h has 9"),
     R("sgmv_expand", "bias", ones(3, 31), r"bias must have shape \[3, 32\], got \(3, 31\)"),
     R("sgmv_expand", "add_to", ones(4, 32), r"add_to must have shape \[5, 32\], got \(4, 32\)"),
     R("sgmv_lora", "lora_b", ones(2, 32, 8), "lora_b has max_num_loras = 2, but lora_a has 3"),
     R("sgmv_qkv_lora", "lora_a", [1, 2], r"lora_a must have three arrays \(q, k, v\), got 2"),
     R("sgmv_qkv_lora", "lora_b", [ones(3, 64, 8)] * 2, "lora_b must have three arrays .*, got 2"),
+    R("sgmv_qkv_lora", "bias", (), "bias must have three arrays .*, got 0"),
     R("sgmv_qkv_lora", "slot_ranks", [None], "slot_ranks must have three arrays .*, got 1"),
     R("sgmv_qkv_lora", "bias", [None] * 4, "bias must have three arrays .*, got 4"),
     R(
@@ -200,12 +219,12 @@ REFUSALS = (
     R("linear", "x", in_type(np.float64), "x must be float32 or float16 or bfloat16, got", T),
     # Memory layout: views are refused, not copied.
     R("sgmv_shrink", "x", fortran, "x must be C-contiguous, got strides"),
-    R("sgmv_shrink", "x", off_by_4, "x must start each row at a multiple of 16 bytes, got address"),
     R("sgmv_shrink", "lora_ids", lambda a: a.repeat(2)[::2], "lora_ids must be C-contiguous"),
     R("sgmv_expand", "h", fortran, "h must be C-contiguous, got strides"),
     R("sgmv_expand", "bias", fortran, "bias must be C-contiguous, got strides"),
     R("sgmv_expand", "add_to", fortran, "add_to must be C-contiguous within a row, got strides"),
     R("sgmv_expand", "add_to", lambda a: a[::-1], "add_to must have rows in ascending order, got"),
+    R("sgmv_expand", "add_to", one_row, r"add_to must have rows that do not overlap, got strides"),
     R("store_kv", "k", lambda a: a.swapaxes(1, 2).copy().swapaxes(1, 2), "k must be C-contiguous"),
     R("store_kv", "v", row_gaps, "v must start each row at a multiple of 16 bytes, got address"),
     R("store_kv", "kv.blocks", fortran, "blocks must be C-contiguous, got strides"),
@@ -228,6 +247,16 @@ REFUSALS = (
         "lora_ids must be on the CPU or on the CPU, got",
         T,
     ),
+    R(
+        "sgmv_lora",
+        "lora_b",
+        emulator.asarray,
+        "lora_b must be on the CPU as x is, got the emul",
+        T,
+    ),
+    R("sgmv_expand", "h", emulator.asarray, "lora_b must be on the emulator as h is, got the", T),
+    R("linear", "weight", Unknown, "weight: expected a NumPy or CuPy array, got .*Unknown", T),
+    R("sgmv_lora", "lora_ids", Unknown, "lora_ids: expected a NumPy or CuPy array, got", T),
     R("sgmv_expand", "add_to", emulator.asarray, "add_to must be on the CPU as lora_b is, got", T),
     R("store_kv", "v", emulator.asarray, "v must be on the CPU as blocks is, got the emulator", T),
     R("rope_ragged", "freqs_cis", emulator.asarray, "freqs_cis must be on the CPU as blocks is", T),
@@ -261,6 +290,7 @@ REFUSALS = (
     R("store_kv", "input_row_offsets", ints(0, 6, 5), "must not decrease, got 6 before 5"),
     R("store_kv", "input_row_offsets", ints(0, 2, 4), "input_row_offsets must end at 5, .*, got 4"),
     R("store_kv", "layer_idx", 2, r"layer_idx must be in \[0, 2\), got 2"),
+    R("store_kv", "layer_idx", 1.0, "layer_idx must be an integer, got float", T),
     R("rope_ragged", "layer_idx", -1, r"layer_idx must be in \[0, 2\), got -1"),
     R("add_kv", "batch_offset", 1, "2 sequences from batch_offset = 1 on, but cache_lengths has 2"),
     R(
