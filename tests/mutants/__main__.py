@@ -25,11 +25,14 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--tests", nargs="+", help="run these tests only, in order")
+    parser.add_argument("--stage", action="append", help="run only these stages of a class")
     parser.add_argument(
         "--quick", action="store_true", help="run a few tests only, which kill most"
     )
     parser.add_argument("--until", help="start no mutant after this time of day, such as 15:20")
-    parser.add_argument("--equivalents", action="store_true", help="run known equivalents too")
+    parser.add_argument(
+        "--equivalents", action="store_true", help="run those known as equivalent, and no others"
+    )
     parser.add_argument(
         "--json", type=Path, help="add results here; what is in it is not run again"
     )
@@ -45,7 +48,7 @@ def main() -> int:
         if (not options.kinds or mutant.kind in options.kinds)
         and (not options.source or mutant.path in options.source)
         and (not options.site or mutant.name in options.site)
-        and (options.equivalents or not equivalents.reason_of(mutant))
+        and bool(equivalents.reason_of(mutant)) == options.equivalents
     ]
     if options.list:
         print(*chosen, f"{len(chosen)} mutants", sep="\n")
@@ -56,7 +59,7 @@ def main() -> int:
     if options.quick:
         chosen_stages = dict.fromkeys(KINDS, (QUICK,))
     elif options.tests:
-        chosen_stages = dict.fromkeys(KINDS, (Stage("tests", tests=tuple(options.tests)),))
+        chosen_stages = dict.fromkeys(KINDS, (Stage("in order", tests=tuple(options.tests)),))
     else:
         chosen_stages = {
             kind: tuple(s for s in stages if not options.stage or s.name in options.stage)
@@ -116,4 +119,5 @@ def run(
         workshops.get().__exit__()
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

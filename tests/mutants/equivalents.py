@@ -37,7 +37,6 @@ class Equivalent:
 
 
 _WORK = "Only a shortcut: without it the block computes what it then does not store."
-_UNREAD = "Only a shortcut: the tile that is loaded too much is all zeros, read from nowhere, and not used."
 _WIDE = "The other factor has 64 bits already, so the product has."
 _FITS = "The value fits in 32 bits for every size that the op accepts; it is wide for its uses."
 
@@ -53,15 +52,6 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
             "adapter.slot < 0 || first_rank >= adapter.rank -> adapter.slot < 0",
         ),
         _WORK + " A base row has rank 0.",
-    ),
-    Equivalent(
-        "sgmv.cu",
-        "if (stage + 1 < num_stages) {",
-        ("+ 1 -> ", "< -> <=", "stage + 1 < num_stages -> true"),
-        _UNREAD,
-    ),
-    Equivalent(
-        "sgmv.cu", "if (num_stages > 0) load(0);", ("> -> >=", "num_stages > 0 -> true"), _UNREAD
     ),
     Equivalent(
         "sgmv.cu",
@@ -92,12 +82,6 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
             "min(kBlockM, num_rows - first_row) -> num_rows - first_row",
         ),
         "Only a shortcut: keys that no row of the block sees are loaded too, and masked one by one.",
-    ),
-    Equivalent(
-        "attention.cu",
-        "cp_async_wait<0>();",
-        ("cp_async_wait<0>() -> ", "0 -> 1"),
-        "The last copies write zeros for the tile after the last, which nobody reads.",
     ),
     Equivalent(
         "attention.cu",
@@ -148,6 +132,30 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
             "blockIdx.x != 0 || blockIdx.y != 0 -> blockIdx.x != 0",
         ),
         "Only a shortcut: more blocks report the same.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "__device__ Tile tile_of(long long item,",
+        ("long long -> int",),
+        "The item is a blockIdx.x, which is below 2**31.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "const bool possible = row >= 0 && row < static_cast<long long>(total) * units;",
+        ("long long -> int",),
+        _FITS + " total * units is below 2**31.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "const bool possible = row >= 0 && row < static_cast<long long>(total) * units;",
+        ("< -> <=",),
+        "A tile that starts at the last row's end has no rows, and is left as an impossible one is.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "return last_start_before(count + 1, row, [&](int s) { return static_cast<long long>(",
+        ("long long -> int",),
+        _WIDE + " Here it is the other side of a comparison.",
     ),
     Equivalent(
         "common/softmax.cuh",

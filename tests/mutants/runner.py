@@ -89,7 +89,7 @@ class Stage:
 
 QUICK = Stage("quick")
 _IN_ORDER = Stage("in order")
-_ORDERS = (Stage("lifo", "lifo", marks="sanitize"), Stage("random", "random", marks="sanitize"))
+_ORDERS = (Stage("lifo", "lifo"), Stage("random", "random"))
 _REPEATED = Stage("repeated", tests=("tests/ops/test_invariance.py",))
 _ASAN = (
     Stage("ASan", sanitizer="address", tests=COMMON_TESTS[:2]),
@@ -172,6 +172,7 @@ class Workshop:
     ) -> str:
         """What fails: the first test, "compiler" or "timeout"; an empty string when all pass."""
         environment = sanitizers.environment(stage.sanitizer) if stage.sanitizer else {**os.environ}
+        environment.pop("PYTEST_ADDOPTS", None)  # of the run that this may be a part of
         environment |= {
             "LORAKIT_EMULATOR_SOURCES": str(self.sources),
             "LORAKIT_EMULATOR_CACHE": str(self.cache),

@@ -180,6 +180,22 @@ def test_a_length_beyond_the_table_sees_what_the_table_holds(
         assert_bitwise_equal(one[rows], other[rows])
 
 
+@each_dtype
+def test_not_causal_over_several_blocks(
+    dtype: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Rows of the first block of a sequence see keys that a later block's rows have brought."""
+    case = CacheCase("", (3, 0), (70, 9), n_heads=2, n_kv_heads=1, head_dim=16, dtype=dtype)
+    cache = case.cache(rng)
+    offsets, on_device = case.place(kernels, cache)
+    q = kernels.asarray(np.zeros((79, 2, 16), dtype))
+    lse = ops.attention_ragged(q, offsets, on_device, 1, causal=False, return_lse=True)[1]
+    keys = np.repeat([73.0, 9.0], [70, 9])
+    np.testing.assert_allclose(
+        kernels.to_host(lse), np.log(keys)[:, np.newaxis].repeat(2, 1), rtol=1e-6
+    )
+
+
 # ---- What has no rows --------------------------------------------------------------------------------
 
 
@@ -250,3 +266,18 @@ def test_bad_offsets_of_many_heads(
     q = kernels.asarray(case.rows(rng, 16))
     ops.attention_ragged(q, kernels.asarray(np.array(offsets, np.int32)), cache, 1)
     assert "offsets" in kernels.take_errors()
+
+
+@pytest.mark.parametrize("op", ["store", "add"])
+def test_tokens_beyond_32_bits_are_past_the_last_offset(
+    op: str, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Offsets of a tail of a batch start anywhere; rows past the last of them are ignored."""
+    case = CacheCase("", (3,), (2,), dtype=FLOAT32)
+    cache = case.cache(rng)
+    _, on_device = case.place(kernels, cache)
+    rows = kernels.asarray(case.rows(rng, 2))
+    offsets = kernels.asarray(np.full(2, 2**31 - 1, np.int32))
+    getattr(ops, f"{op}_kv")(rows, rows, offsets, on_device, 1)
+    assert_bitwise_equal(on_device.blocks, cache.blocks)
+    assert ("offsets" in kernels.take_errors()) == (op == "store")
