@@ -390,3 +390,14 @@ def test_sm_90a_wins_over_the_architecture_that_cupy_appends(flags: tuple[str, .
     finally:
         nvrtc.destroyProgram(handle)
     assert (".target sm_90a" in ptx) == (len(flags) > 1)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as tests may run as root
+    with pytest.warns(UserWarning, match="cached for this process only"):
+        jit.import_cupy.__wrapped__()
+    assert os.environ["CUPY_CACHE_DIR"] != str(tmp_path)

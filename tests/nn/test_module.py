@@ -105,3 +105,13 @@ def test_a_bad_value_writes_nothing(
         block.load_state_dict(state, strict=strict)
     for array in block.state_dict().values():
         assert not to_host(array).any()
+
+
+def test_a_read_only_array_in_the_layer_is_refused_before_anything_is_written() -> None:
+    layer = Linear(4, 3, DType.float32, DeviceRef.CPU(), has_bias=True)
+    assert layer.bias is not None
+    layer.bias.flags.writeable = False
+    state = {"weight": np.ones((3, 4), np.float32), "bias": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="bias must be writable in the layer"):
+        layer.load_state_dict(state)
+    assert not layer.weight.any()

@@ -37,3 +37,9 @@ def test_layer_idx_and_flags(
 
     for one, other in zip(step(layer_idx, 1, 0), step(1, True, False), strict=True):
         assert_bitwise_equal(one, other)
+
+
+def test_products_over_no_columns_are_refused() -> None:
+    x, a = np.zeros((2, 0), np.float32), np.zeros((1, 4, 0), np.float32)
+    with pytest.raises(ValueError, match="x must have at least one column"):
+        ops.sgmv_shrink(x, a, np.zeros(1, np.int32), None, np.array([0, 2], np.uint32))
