@@ -14,6 +14,7 @@
 namespace lorakit {
 
 constexpr int kThreads = 256;
+constexpr unsigned kNegativeZero = 0x80000000u;
 
 // Where a thread's 16 bytes are: rows of k and v, and the element of the cache they belong to.
 struct Target {
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<const Piece*>(v + target.row * v_stride + target.in_row);
 }
 
-// Adds in float32 and rounds once. In may be float32 while the cache is 16-bit.
+// Adds in float32 and rounds once. In may be float32 while the cache is 16-bit. Adding -0, as for a row without
+// adapter, keeps every bit: a sum would flush subnormal numbers.
 template <typename T, typename In>
 __device__ void add(T* cache, const In* delta) {
   constexpr int kVector = kPer16Bytes<T>;
@@ -76,8 +78,11 @@ __device__ void add(T* cache, const In* delta) {
   for (int i = 0; i < kVector; i += kLoad) {
     const auto piece = *reinterpret_cast<const Vector<In, kLoad>*>(delta + i);
 #pragma unroll
-    for (int j = 0; j < kLoad; ++j)
-      sums.at[i + j] = from_float<T>(to_float(sums.at[i + j]) + to_float(piece.at[j]));
+    for (int j = 0; j < kLoad; ++j) {
+      const float change = to_float(piece.at[j]);
+      if (__float_as_uint(change) == kNegativeZero) continue;
+      sums.at[i + j] = from_float<T>(to_float(sums.at[i + j]) + change);
+    }
   }
   *target = sums;
 }

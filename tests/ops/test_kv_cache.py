@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from lorakit.tiles import Instance
 from tests.ops.helpers import (
     FLOAT16,
     CacheCase,
+    each_dtype,
     launches,
     parameters,
     side_by_side,
@@ -118,10 +120,16 @@ def test_add(case: Case, kernels: KernelDevice, rng: np.random.Generator) -> Non
     )  # one float32 sum, one rounding
 
 
-def test_add_leaves_negative_zero_where_it_adds_negative_zero(kernels: KernelDevice) -> None:
-    case = Case("", (3,), (4,), dtype=FLOAT16)
-    cache = case.cache(np.random.default_rng(0))
-    cache.blocks[...] = -0.0
+@each_dtype
+def test_adding_negative_zero_keeps_every_bit(
+    dtype: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    case = Case("", (3,), (4,), dtype=dtype)
+    cache = case.cache(rng)
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)  # type: ignore[no-untyped-call]
+    cache.blocks[...] = rng.choice(
+        np.array([-0.0, 0, tiny, -3 * tiny, 1, np.inf], dtype), cache.blocks.shape
+    )
     delta = np.full((4, case.n_kv_heads, case.head_dim), -0.0, np.float32)
     offsets, on_device = case.place(kernels, cache)
     ops.add_kv(kernels.asarray(delta), kernels.asarray(delta), offsets, on_device, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit import ops
+from lorakit import Graph, ops
 from lorakit.dtypes import bfloat16
 from lorakit.testing import activations, assert_bitwise_equal, assert_within_budget, widen
 from tests.ops.helpers import FLOAT16, FLOAT32, each_dtype
@@ -20,6 +20,7 @@ SIZES = {
     "no_rows": (0, 64, 40, True),
     "no_outputs": (3, 64, 0, False),
     "k_300": (17, 300, 96, False),  # a budget far below what TF32 loses
+    "split_k": (3, 16384, 16, False),  # sums in parts, which are not to be rounded
 }
 each_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 
@@ -65,6 +66,27 @@ def test_the_product_is_not_rounded_before_the_bias(dtype: Any, to_device: Any) 
     x, weight = np.ones((1, 2), dtype), np.array([[odd - 1, 1]], dtype)
     y = ops.linear(*map(to_device, (x, weight, np.ones(1, dtype))))
     assert_bitwise_equal(y, np.array([[odd + 1]], dtype))
+
+
+@each_dtype
+def test_a_captured_product(dtype: Any, gpu: Any, rng: np.random.Generator) -> None:
+    """Replays compute what a plain call does, and leave cuBLAS to others as it was."""
+    x, weight, bias = numbers((9, 256, 72, True), dtype, rng)
+    on_gpu = [gpu.asarray(array) for array in (x, weight, bias)]
+    ops.linear(*on_gpu)
+    with Graph() as graph:
+        y = ops.linear(*on_gpu)
+    for _ in range(2):
+        x = activations(x.shape, dtype, rng)
+        on_gpu[0][...] = gpu.asarray(x)
+        y.fill(float("nan"))
+        graph.replay()
+        check(y, x, weight, bias)
+        assert_bitwise_equal(y, ops.linear(*on_gpu))
+    square = gpu.asarray(rng.standard_normal((64, 64)).astype(np.float32))
+    np.testing.assert_allclose(
+        (square @ square).get(), square.get().astype(np.float64) @ square.get(), atol=1e-3
+    )
 
 
 @each_dtype

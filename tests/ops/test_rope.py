@@ -95,7 +95,7 @@ CASES = (
     Case("host_metadata", (2, 5), (3, 3), host_metadata=True, dtypes=BF16),
     Case(
         "llama",
-        (3000, 0, 131000),
+        (3000, 0, 16000),
         (1, 2000, 72),
         page_size=128,
         n_heads=32,
