@@ -17,7 +17,8 @@ from lorakit import errors, jit
 from lorakit.nn import DeviceRef, PagedKVCacheCollection
 from lorakit.testing import PagedCache
 from tests import kernel_table
-from tests.emulator import EmulatorError, build, emulator
+from tests.emulator import EmulatorError, agreement, build, emulator
+from tests.emulator.agreement import Twice, Written
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("auto", "gpu", "emulator"),
         default="auto",
         help="where kernel tests run: the GPU if there is one, else the emulator (auto)",
+    )
+    parser.addoption(
+        "--twice",
+        action="store_true",
+        help="kernels that tests launch on the GPU run on the emulator too, and must agree",
     )
     parser.addoption(
         "--no-memory-pool",
@@ -78,8 +84,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class KernelDevice:
     """A place that runs kernels."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, twice: bool = False) -> None:
         self.name = name
+        self.is_slow = name == "emulator" or twice
         self.backend: Any = emulator if name == "emulator" else jit.cupy_backend(0)
 
     def asarray(self, array: Any) -> Any:
@@ -112,13 +119,20 @@ class KernelDevice:
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest) -> Iterator[KernelDevice]:
+def kernels(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelDevice]:
     """The place that runs kernels; a test that leaves an error behind unread fails."""
     place = kernel_place(request.config)
     if place not in ("gpu", "emulator"):
         pytest.skip(place)
-    device = KernelDevice(place)
+    twice = place == "gpu" and request.config.getoption("--twice")
+    device = KernelDevice(place, twice=twice)
     device.take_errors()
+    if twice:
+        both = Twice(device.backend.launch)
+        monkeypatch.setattr(device.backend, "launch", both)
+        request.node.user_properties.append(("written", both.written))
     yield device
     assert device.take_errors() == ""
 
@@ -166,6 +180,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if missed:
         files = ", ".join(f"{path} ({count})" for path, count in sorted(missed.items()))
         terminalreporter.write_line(f"not run: {missed.total()} tests that need a GPU: {files}")
+
+    written = [
+        Written(*row)
+        for report in terminalreporter.getreports("passed")
+        for name, rows in report.user_properties
+        if name == "written"
+        for row in rows
+    ]
+    if written:
+        terminalreporter.section("written by the GPU and by the emulator")
+        terminalreporter.write_line(agreement.table(written))
 
     rows = [
         value

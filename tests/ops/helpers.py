@@ -58,7 +58,7 @@ def parameters(
 
 
 def skip_where_slow(case: Any, kernels: KernelDevice) -> None:
-    if case.gpu_only and kernels.name == "emulator":
+    if case.gpu_only and kernels.is_slow:
         pytest.skip("needs a GPU: too large for the emulator")
 
 

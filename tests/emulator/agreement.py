@@ -1,0 +1,154 @@
+"""Each launch on a GPU, repeated on the emulator from the same bytes, and what both wrote compared."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit import dtypes, jit
+from lorakit.tiles import Instance
+from tests.emulator.backend import EmulatedArray, emulator
+
+# Of the norm of a difference over that of the result. 16-bit results differ where a sum falls on the other
+# side of a rounding. float32: sums in another order, `ex2` within 2 units, in the tests' longest products.
+MOST_UNITS = {2: 1.0, 4: 64.0}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a launch wrote into one array.
+
+    Attributes:
+        kernel: The instance's name.
+        dtype: Of the array.
+        elements: Changed by the GPU or by the emulator.
+        same: Of these, those with the same bits.
+        units: Norm of the difference over the norm of the emulator's result, in units of the dtype's epsilon.
+    """
+
+    kernel: str
+    dtype: str
+    elements: int
+    same: int
+    units: float
+
+
+class Twice:
+    """A backend's ``launch`` on both; it keeps what was written, the fields of a `Written` for each array.
+
+    A launch that is captured runs on the GPU only.
+    """
+
+    def __init__(self, launch: Any) -> None:
+        self._launch = launch
+        self.written: list[tuple[Any, ...]] = []
+
+    def __call__(self, instance: Instance, grid: Sequence[int], args: Sequence[Any]) -> None:
+        if jit.import_cupy().cuda.get_current_stream().is_capturing():
+            self._launch(instance, grid, args)
+            return
+        before = [_bytes(arg) if _is_array(arg) else None for arg in args]
+        copies = [
+            arg if old is None else _emulated(arg, old)
+            for arg, old in zip(args, before, strict=True)
+        ]
+        self._launch(instance, grid, args)
+        emulator.launch(instance, grid, copies)
+        for index, (arg, old) in enumerate(zip(args, before, strict=True)):
+            if old is None or not arg.size:
+                continue
+            gpu, cpu = _view(arg, _bytes(arg)), np.asarray(copies[index])
+            self._compare(instance, index, _view(arg, old), gpu, cpu)
+
+    def _compare(
+        self,
+        instance: Instance,
+        index: int,
+        old: NDArray[Any],
+        gpu: NDArray[Any],
+        cpu: NDArray[Any],
+    ) -> None:
+        old_bits, gpu_bits, cpu_bits = map(_bits, (old, gpu, cpu))
+        changed = (gpu_bits != old_bits) | (cpu_bits != old_bits)
+        if not changed.any():
+            return
+        what = f"{instance.name}, argument {index}"
+        same = gpu_bits[changed] == cpu_bits[changed]
+        gpu, cpu = gpu[changed], cpu[changed]
+        if gpu.dtype not in dtypes.STORAGE:
+            assert same.all(), f"{what}: {gpu[~same][:5]} on the GPU, {cpu[~same][:5]} emulated"
+            units = 0.0
+        else:
+            units = _units(what, gpu, cpu)
+            most = MOST_UNITS[gpu.itemsize]
+            assert units <= most, (
+                f"{what}: {units:.3g} units apart, more than rounding explains ({most})"
+            )
+        written = Written(instance.name, gpu.dtype.name, gpu.size, int(same.sum()), units)
+        self.written.append(astuple(written))
+
+
+def table(rows: Iterable[Written]) -> str:
+    """A line for each kernel instance and dtype that it writes."""
+    groups: dict[tuple[str, str], list[Written]] = defaultdict(list)
+    for row in rows:
+        groups[row.kernel, row.dtype].append(row)
+    lines = [f"{'writes':>8} {'elements':>10} {'same bits':>10} {'units':>6}  dtype     kernel"]
+    for (kernel, dtype), group in sorted(groups.items()):
+        elements, same = (sum(getattr(row, name) for row in group) for name in ("elements", "same"))
+        share = math.floor(1000 * same / elements) / 10
+        units = max(row.units for row in group)
+        name = kernel.removeprefix("lorakit::")
+        lines.append(f"{len(group):8} {elements:10} {share:9.1f}% {units:6.2f}  {dtype:8}  {name}")
+    return "\n".join(lines)
+
+
+def _units(what: str, gpu: NDArray[Any], cpu: NDArray[Any]) -> float:
+    ours, theirs = gpu.astype(np.float64), cpu.astype(np.float64)
+    finite = np.isfinite(ours) & np.isfinite(theirs)
+    np.testing.assert_array_equal(ours[~finite], theirs[~finite], what)
+    ours, theirs = ours[finite], theirs[finite]
+    epsilon = float(dtypes.ulp(1.0, gpu.dtype))
+    difference = float(np.linalg.norm(ours - theirs))
+    return difference / (epsilon * float(np.linalg.norm(theirs))) if difference else 0.0
+
+
+def _is_array(arg: Any) -> bool:
+    return hasattr(arg, "data") and hasattr(arg.data, "ptr")
+
+
+def _span(array: Any) -> int:
+    """Bytes from an array's first element to its last."""
+    if not array.size:
+        return 0
+    steps = zip(array.shape, array.strides, strict=True)
+    return int(sum((size - 1) * stride for size, stride in steps) + array.dtype.itemsize)
+
+
+def _bytes(array: Any) -> NDArray[np.uint8]:
+    cupy = jit.import_cupy()
+    span: NDArray[np.uint8] = cupy.ndarray((_span(array),), np.uint8, memptr=array.data).get()
+    return span
+
+
+def _view(array: Any, data: NDArray[np.uint8]) -> NDArray[Any]:
+    """The array's elements among its bytes."""
+    return np.ndarray(array.shape, array.dtype, buffer=data, strides=array.strides)
+
+
+def _emulated(array: Any, data: NDArray[np.uint8]) -> EmulatedArray:
+    memory = emulator.empty(data.size, np.uint8)
+    memory[...] = data
+    if not array.size:
+        return emulator.empty(array.shape, array.dtype)
+    return EmulatedArray(array.shape, array.dtype, buffer=memory, strides=array.strides)
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    return array.view(f"u{array.dtype.itemsize}")
