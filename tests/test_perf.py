@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[1]
 SWEEPS = (bench_sgmv, bench_rope, bench_kv_cache, bench_attention, bench_attention_layer)
 
 
-def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+def sweep(path: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m pytest perf` in a process of its own, on the CPU wherever this runs."""
-    environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
+    ours = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "perf", "-q", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
-        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+        env={**ours, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -39,7 +39,7 @@ def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_sweeps_time_every_small_case_by_themselves(tmp_path: Path) -> None:
-    done = sweep(f"--benchmark-json={tmp_path / 'out.json'}")
+    done = sweep("perf", f"--benchmark-json={tmp_path / 'out.json'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "CPU: small sizes, the references against plain NumPy" in done.stdout
 
@@ -73,16 +73,7 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
         "ops.sgmv_shrink = lambda *given, **named: right(*given, **named) * 1.01\n"
     )
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    command = [sys.executable, "-m", "pytest", "perf/bench_sgmv.py", "-q", "-k", "shrink"]
-    done = subprocess.run(
-        [*command, "-p", "plant", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = sweep("perf/bench_sgmv.py", "-k", "shrink", "-p", "plant", PYTHONPATH=path)
     assert done.returncode == 1
     assert "beyond their budget" in done.stdout
     assert "floor/time" not in done.stdout

@@ -67,8 +67,9 @@ def compiler() -> str:
 
 @functools.cache
 def compiler_version() -> str:
+    command = [compiler(), "--version"]
     return subprocess.run(
-        [compiler(), "--version"], capture_output=True, text=True, check=True
+        command, capture_output=True, text=True, check=True, env=clean_environment()
     ).stdout
 
 
