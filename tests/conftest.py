@@ -130,8 +130,9 @@ def kernels(
     device = KernelDevice(place, twice=twice)
     device.take_errors()
     if twice:
-        both = Twice(device.backend.launch)
-        monkeypatch.setattr(device.backend, "launch", both)
+        both = Twice(device.backend)
+        monkeypatch.setattr(device.backend, "launch", both.launch)
+        monkeypatch.setattr(device.backend, "empty", both.empty)
         request.node.user_properties.append(("written", both.written))
     yield device
     assert device.take_errors() == ""

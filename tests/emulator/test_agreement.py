@@ -10,13 +10,14 @@ import pytest
 from lorakit import tiles
 from lorakit.dtypes import STORAGE
 from lorakit.testing import activations
+from tests.emulator import emulator
 from tests.emulator.agreement import Twice, Written, table
 
 INSTANCE = tiles.instances()[0]
 
 
 def compare(old: Any, gpu: Any, cpu: Any) -> Written:
-    both = Twice(None)
+    both = Twice(emulator)
     both._compare(INSTANCE, 3, old, gpu, cpu)
     (written,) = both.written
     return Written(*written)

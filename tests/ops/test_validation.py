@@ -375,6 +375,24 @@ def test_head_dims_without_a_kernel(op: str, head_dim: int) -> None:
         getattr(ops, op)(**arguments)
 
 
+def test_more_rows_than_32_bits_count() -> None:
+    arguments = good("attention_ragged")
+    cache = arguments["kv_collection"]
+    group = arguments["q"].shape[1] // cache.blocks.shape[4]
+    assert group > 1
+    tokens = 2**31 // group
+    pages = list(cache.blocks.shape)
+    pages[3] = tokens
+    blocks = np.lib.stride_tricks.as_strided(cache.blocks, pages, writeable=False)
+    arguments["kv_collection"] = replace(cache, blocks=blocks)  # only its shape is looked at
+    arguments["q"] = np.broadcast_to(arguments["q"][:1], (tokens, *arguments["q"].shape[1:]))
+    arguments["input_row_offsets"] = ints(*arguments["input_row_offsets"][:-1], tokens)
+    with pytest.raises(
+        ValueError, match=f"less than 2\\^31 rows per key head, got {tokens} tokens"
+    ):
+        ops.attention_ragged(**arguments)
+
+
 def test_an_empty_rotary_table() -> None:
     """Positions on a device cannot be checked, but there must be a row to clamp them to."""
     arguments = good("rope_ragged")
