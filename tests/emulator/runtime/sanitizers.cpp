@@ -12,6 +12,11 @@ constexpr off_t kEnough = 64 * 1024;  // bytes of reports, of which sanitizers.p
 
 int g_reports = -1, g_stderr = -1;
 
+off_t reported_bytes() {
+  struct stat status;
+  return g_reports >= 0 && fstat(g_reports, &status) == 0 ? status.st_size : 0;
+}
+
 void show_reports() {
   char text[4096];
   lseek(g_reports, 0, SEEK_SET);
@@ -22,9 +27,10 @@ void show_reports() {
 
 }  // namespace
 
-bool emulator::enough_reports() {
-  struct stat status;
-  return g_reports >= 0 && fstat(g_reports, &status) == 0 && status.st_size > kEnough;
+bool emulator::enough_reports() { return reported_bytes() > kEnough; }
+
+void emulator::forget_reported_races() {
+  if (__tsan_flush_memory && reported_bytes() > 0) __tsan_flush_memory();
 }
 
 extern "C" EMULATOR_API void emulator_show_reports_at_death(int file, int stderr_file) {

@@ -16,6 +16,7 @@ __attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
+__attribute__((weak)) void __tsan_flush_memory();
 }
 
 namespace emulator {
@@ -29,6 +30,10 @@ inline void unpoison(const void* address, size_t bytes) {
 
 // Whether so much was reported in this launch that the rest can be spared: thousands of reports take minutes.
 bool enough_reports();
+
+// ThreadSanitizer takes an address of a reported race for constant from then on (gcc 13 and later do): after
+// a launch with reports it forgets all accesses, so that the next one is reported like the first.
+void forget_reported_races();
 
 // Everything before a release happens before everything after the acquire that follows it.
 inline void release(void* tag) {

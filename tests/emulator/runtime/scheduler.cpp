@@ -152,6 +152,7 @@ int run(const Launch& launch, void (*thread)(void*), void* closure, void* static
     if (!g_failure.empty()) break;
   }
   for (auto& each : g_block.threads) each->fiber.abandon();
+  forget_reported_races();
   end_faults();
   end_shared_memory();
   if (g_failure.empty()) return 0;
