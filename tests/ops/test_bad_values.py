@@ -83,6 +83,7 @@ BAD_OFFSETS = {
     "negative": (0, -5, 6, 9),
     "most negative": (0, INT_MIN, INT_MIN, 9),
     "first negative": (-3, 2, 6, 9),
+    "first negative, and no more rows than there are": (-1, 2, 6, 8),
     "up and down": (0, INT_MAX, INT_MIN, 9),
 }
 ALL_OPS = ("rope", "store", "add", "attention", "shrink", "expand", "qkv")
@@ -110,6 +111,30 @@ def test_offsets_that_start_above_0(
     step.offsets = np.array((1, 2, 6, 9), np.int32)
     step.run(op)
     assert "offsets" in kernels.take_errors()
+
+
+@pytest.mark.parametrize("op", [op for op in ALL_OPS if op != "add"])
+def test_rows_before_the_first_offset(
+    op: str, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Also when they are more than a block takes: in no sequence, without an adapter.
+
+    Attention leaves them unwritten.
+    """
+    case = CacheCase("", (9, 0, 5), (40, 4, 3), page_size=4, n_heads=2, dtype=FLOAT32)
+    step = Step(kernels, rng, case)
+    step.table = rotary_table(64, case.head_dim)
+    step.offsets = np.array((40, 43, 44, 47), np.int32)
+    results, blocks = step.run(op)
+    assert "offsets" in kernels.take_errors()
+    if op == "rope":
+        assert_bitwise_equal(results[0][:40], step.q[:40])
+    elif op in ("shrink", "expand", "qkv"):
+        assert not results[0][:40].any()
+    changed = (blocks != step.before.blocks) & ~np.isnan(step.before.blocks)
+    assert (
+        changed.any(axis=(1, 2, 4, 5)).sum() <= 7
+    )  # slots of the seven rows that are in a sequence
 
 
 @pytest.mark.parametrize("op", ALL_OPS)

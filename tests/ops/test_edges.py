@@ -125,6 +125,53 @@ def test_the_first_element_of_the_cache_and_the_last_place_of_the_table(
     assert kernels.take_errors() == ""
 
 
+def test_the_first_element_of_the_cache_is_rotated(
+    kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """On the second page of a sequence, since at position 0 nothing turns."""
+    case = CacheCase(
+        "",
+        (0,),
+        (8,),
+        page_size=4,
+        n_heads=2,
+        n_kv_heads=1,
+        num_layers=1,
+        layer_idx=0,
+        dtype=FLOAT32,
+    )
+    cache = at_the_start(case, rng)
+    blocks = cache.blocks[[1, 0, *range(2, len(cache.blocks))]]
+    cache = replace(cache, blocks=blocks, lookup_table=np.array([[1, 0]], np.uint32))
+    offsets, on_device = case.place(kernels, cache)
+    table = rotary_table(8, 64)
+    q = case.rows(rng, 2)
+    ops.rope_ragged(kernels.asarray(q), offsets, on_device, kernels.asarray(table), 0)
+    reference.rope_ragged(q, case.offsets(), cache, table, 0)
+    np.testing.assert_allclose(
+        kernels.to_host(on_device.blocks), cache.blocks, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_rows_past_the_last_offset_are_copied_whole(
+    kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Where the rotated part is the last of a head too."""
+    case = CacheCase("", (3, 0), (2, 3), page_size=4, n_heads=3, dtype=FLOAT32)
+    cache = case.cache(rng)
+    _, on_device = case.place(kernels, cache)
+    q = case.rows(rng, 3)
+    out = ops.rope_ragged(
+        kernels.asarray(q),
+        kernels.asarray(np.array([0, 2, 3], np.int32)),
+        on_device,
+        kernels.asarray(rotary_table(8, 16)),
+        1,
+        rotate_last=True,
+    )
+    assert_bitwise_equal(kernels.to_host(out)[3:], q[3:])
+
+
 @pytest.mark.parametrize("op", ["store", "add", "rope"])
 def test_positions_of_more_than_32_bits_are_on_no_page(
     op: str, kernels: KernelDevice, rng: np.random.Generator
