@@ -108,7 +108,22 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "The next line goes on to the next i where d is beyond the head.",
         nth=1,
     ),
+    Equivalent(
+        "attention.cu",
+        "const long long capacity = min(",
+        (
+            "min(static_cast<long long>(max_pages) * page_size, kMaxKeys) -> "
+            "static_cast<long long>(max_pages) * page_size",
+        ),
+        "Another result needs more than 2**30 keys in one sequence: hours on any machine.",
+    ),
     # ---- rope.cu, kv_cache.cu
+    Equivalent(
+        "kv_cache.cu",
+        "if (__float_as_uint(change) == kNegativeZero) continue;",
+        ("__float_as_uint(change) == kNegativeZero -> false",),
+        "Only a GPU flushes subnormal sums: there test_adding_negative_zero_keeps_every_bit fails.",
+    ),
     Equivalent("kv_cache.cu", "long long row = 0;", ("long long -> int",), _WIDE),
     Equivalent(
         "kv_cache.cu",
@@ -138,6 +153,25 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "__device__ Tile tile_of(long long item,",
         ("long long -> int",),
         "The item is a blockIdx.x, which is below 2**31.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "tile.begin = min(max(offsets[tile.segment], 0), total);",
+        ("min(max(offsets[tile.segment], 0), total) -> max(offsets[tile.segment], 0)",),
+        "A segment that begins past the last row ends at it, and has no rows either way.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "tile.end = tile.segment == count ? total : min(",
+        ("max(offsets[tile.segment + 1], tile.begin) -> offsets[tile.segment + 1]",),
+        "An end before the beginning leaves no rows, as an end at the beginning does.",
+    ),
+    Equivalent(
+        "common/ragged.cuh",
+        "const long long row = (item - start(tile.segment)) * kTile;",
+        ("long long -> int",),
+        "Good offsets give rows below total * units + kTile. With bad ones results are undefined, and the "
+        "comparisons that follow keep any row within its segment.",
     ),
     Equivalent(
         "common/ragged.cuh",
