@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = DeviceRef(given.device) if given.device else DeviceRef.current()
     if device.is_gpu() and DeviceRef.current().is_cpu():
-        parser.error("--device gpu needs an NVIDIA GPU and CuPy: pip install 'lorakit[cuda12]'")
+        parser.error("--device gpu needs an NVIDIA GPU and CuPy: pip install '.[cuda12]'")
     if given.command == "info":
         return print_info(device)
     dtype = DType(given.dtype or ("bfloat16" if device.is_gpu() else "float32"))

@@ -195,6 +195,12 @@ def check_positions(freqs_cis: Any, kv_collection: Any, input_row_offsets: Any) 
         )
 
 
+def check_head_dim(head_dim: int) -> None:
+    """``head_dim`` is one that kernels take."""
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {head_dim}")
+
+
 def check_layer_idx(layer_idx: Any, num_layers: int) -> None:
     """``layer_idx`` is an integer that names a layer of the cache."""
     if isinstance(layer_idx, bool) or not isinstance(layer_idx, (int, np.integer)):

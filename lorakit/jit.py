@@ -163,8 +163,12 @@ def import_cupy() -> Any:
     except OSError as error:
         os.environ["CUPY_CACHE_DIR"] = tempfile.mkdtemp(prefix="lorakit-cupy-cache-")
         warnings.warn(f"kernels are cached for this process only: {error}", stacklevel=2)
-    import cupy
-
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a GPU needs CuPy: install lorakit with the extra cuda12 or cuda13"
+        ) from error
     return cupy
 
 
@@ -203,8 +207,16 @@ class CupyBackend:
             return self._cupy.full(shape, value, dtype)
 
     def asarray(self, array: Any) -> Any:
-        """On this GPU; host arrays are copied (not during a capture), device arrays pass as they are."""
+        """On this GPU; host arrays are copied, device arrays pass as they are.
+
+        Raises:
+            RuntimeError: A host array during a capture: every replay would use what it holds now.
+        """
         with self._device:
+            if is_host(array) and self._cupy.cuda.get_current_stream().is_capturing():
+                raise RuntimeError(
+                    "batch metadata must be on the GPU while a graph is captured, got a NumPy array"
+                )
             return self._cupy.asarray(array)
 
     def error_word(self) -> Any:

@@ -58,7 +58,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for line in lines:
         terminalreporter.write_line(line)
     if name := config.getoption("save_results"):
-        path = report.save(name, config.getoption("commit"), place, lines)
+        path = report.save(
+            name, config.getoption("commit"), config.invocation_params.args, place, lines
+        )
         terminalreporter.write_line(f"\nsaved as {path}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,15 @@ def aligned(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def save(name: str, commit: str | None, place: Place, lines: list[str]) -> Path:
+def save(
+    name: str, commit: str | None, arguments: Sequence[str], place: Place, lines: list[str]
+) -> Path:
     """Write a table to ``perf/results/NAME.md``, with commit and date.
 
     Args:
         name: Of the file.
         commit: Named as it is; None: asked of git.
+        arguments: Of pytest, in this run.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.md"
@@ -112,7 +115,7 @@ def save(name: str, commit: str | None, place: Place, lines: list[str]) -> Path:
         f"- commit: {commit or current_commit()}",
         f"- date: {date}",
         *(f"- {key}: {value}" for key, value in environment(place.device).items()),
-        "- command: `python -m pytest perf`",
+        f"- command: `python -m pytest {' '.join(arguments)}`",
         "",
         "```",
         *lines,

@@ -38,7 +38,8 @@ class Kernel:
             return
         cupy = jit.import_cupy()
         module = cupy.RawModule(
-            code=(build.KERNELS / self.source).read_text(),
+            # The digest, because CuPy's cache does not see that an included header changed.
+            code=f"// {jit.source_digest()}\n" + (build.KERNELS / self.source).read_text(),
             options=jit.options(int(cupy.cuda.Device().compute_capability)),
             name_expressions=(self.name,),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -144,10 +145,10 @@ def positive(**sizes: Any) -> tuple[int, ...]:
     """Each argument as an int of at least 1, else `TypeError` or `ValueError`."""
     result = []
     for name, size in sizes.items():
-        number = integer(size, name)
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-        result.append(number)
+        whole = integer(size, name)
+        if whole < 1:
+            raise ValueError(f"{name} must be at least 1, got {whole}")
+        result.append(whole)
     return tuple(result)
 
 
@@ -162,6 +163,17 @@ def integer(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer on the host, got {_describe(value)}")
     return operator.index(value)
+
+
+def number(value: Any, name: str) -> float:
+    """A real number.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {_describe(value)}")
+    return float(value)
 
 
 def _host_array(value: Any) -> Array | None:

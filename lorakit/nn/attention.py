@@ -13,6 +13,7 @@ from lorakit.nn.arrays import (
     copy_into,
     current_device_of,
     module_of,
+    number,
     positive,
 )
 from lorakit.nn.attention_step import AttentionStep
@@ -88,7 +89,7 @@ class AttentionWithRope(Module):
         self._check_geometry(kv_params, dtype)
         if not isinstance(rope, RotaryEmbedding):
             raise TypeError(f"rope must be a RotaryEmbedding, got {type(rope).__name__}")
-        if scale is not None and not math.isfinite(scale):
+        if scale is not None and not math.isfinite(number(scale, "scale")):
             raise ValueError(f"scale must be None or finite, got {scale}")
         self.rope = rope
         self.kv_params = kv_params
@@ -115,8 +116,9 @@ class AttentionWithRope(Module):
 
     def named_weights(self) -> Iterator[NamedWeight]:
         """All weights; with `stacked_qkv` the stacked base in place of its three slices."""
+        slices = [part for p in self._projections() for part in (p.weight, p.bias)]
         for weight in super().named_weights():
-            if not (self.stacked_qkv and weight.name in _SLICES):
+            if not (self.stacked_qkv and any(weight.array is part for part in slices)):
                 yield weight
 
     # ---- The base product -----------------------------------------------------------------------
@@ -178,6 +180,14 @@ class AttentionWithRope(Module):
         """
         step = AttentionStep.checked(self, layer_idx, x, kv_collection, input_row_offsets)
         table = step.checked_table(freqs_cis, self)
+        weight = {"o_proj.weight": self.o_proj.weight}  # used only after the cache was written
+        checks.check_shapes(
+            **{
+                name: (array, f"{self.hidden_size} {self.q_weight_dim}")
+                for name, array in weight.items()
+            }
+        )
+        checks.check_dtype((self.dtype.to_numpy(),), **weight)
         self._check_adapters(step)
 
         qkv = ops.linear(step.x, self.wqkv, self.wqkv_bias)
@@ -269,12 +279,6 @@ class AttentionWithRope(Module):
             raise ValueError(f"kv_params must be PAGED, got {kv_params.cache_strategy.name}")
         if kv_params.dtype is not dtype:
             raise ValueError(f"dtype must be kv_params.dtype = {kv_params.dtype}, got {dtype}")
-
-
-# Weights that are slices of the stacked base.
-_SLICES = {
-    f"{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj") for kind in ("weight", "bias")
-}
 
 
 def _are_slices(parts: Sequence[Array], whole: Array) -> bool:

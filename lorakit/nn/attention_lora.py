@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from lorakit import ops
+from lorakit import checks, ops
 from lorakit.nn.arrays import Array, HostInteger, positive
 from lorakit.nn.attention import AttentionWithRope
 from lorakit.nn.attention_step import AttentionStep
@@ -163,6 +163,13 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
             info.check_rows(rows)
         if isinstance(self.o_proj, LinearLoRA) and self.o_proj.batch_info is not None:
             self.o_proj.batch_info.check_rows(rows)
+            lora, slots = self.o_proj, self.o_proj.max_num_loras
+            checks.check_shapes(  # used only after the cache was written
+                **{
+                    "o_proj.lora_A": (lora.lora_A, f"{slots} max_lora_rank {self.q_weight_dim}"),
+                    "o_proj.lora_B": (lora.lora_B, f"{slots} {self.hidden_size} max_lora_rank"),
+                }
+            )
 
     def _add_adapters(self, step: AttentionStep, qkv: Array) -> None:
         if (info := self._qkv_info()) is not None:

@@ -43,6 +43,10 @@ class AttentionStep(NamedTuple):
         input_row_offsets: Array,
     ) -> AttentionStep:
         """Check everything but the rotary table, as `AttentionWithRope.__call__` says."""
+        if not isinstance(kv_collection, PagedKVCacheCollection):
+            raise TypeError(
+                f"kv_collection must be a PagedKVCacheCollection, got {type(kv_collection).__name__}"
+            )
         device, params = layer.devices[0], layer.kv_params
         dtype = layer.dtype.to_numpy()
         x = as_array(x, device, "x", dtype)

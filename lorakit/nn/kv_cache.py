@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit import checks
 from lorakit.nn.arrays import Array, positive, storage_dtype
 from lorakit.nn.dtype import DType
 
@@ -78,6 +79,7 @@ class KVCacheParams:
             )
         storage_dtype(self.dtype)
         positive(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+        checks.check_head_dim(self.head_dim)
         if self.page_size is not None:
             positive(page_size=self.page_size)
         elif self.cache_strategy is KVCacheStrategy.PAGED:

@@ -12,6 +12,7 @@ from lorakit.nn.arrays import (
     as_array,
     current_device_of,
     module_of,
+    number,
     positive,
     storage_dtype,
     zeros,
@@ -108,7 +109,7 @@ class Linear(Module):
 
 def check_clip(clip: float | None, name: str) -> float | None:
     """A bound for clamping; 0.0 is a value, None means unset."""
-    if clip is not None and (math.isnan(clip) or clip < 0):
+    if clip is not None and not number(clip, name) >= 0:
         raise ValueError(f"{name} must be None or at least 0, got {clip}")
     return clip
 

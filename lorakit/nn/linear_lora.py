@@ -16,6 +16,7 @@ from lorakit.nn.arrays import (
     copy_into,
     fill,
     integer,
+    number,
     positive,
     rounded,
     upload,
@@ -89,7 +90,7 @@ class LinearLoRA(Linear, SupportsLoRA):
         self._lora_prefix = f"{name}." if name else ""
         array_dtype = dtype.to_numpy()
         self.lora_A = zeros((slots, rank, self.in_dim), array_dtype, device)
-        self.lora_B = zeros((slots, rank, self.out_dim), array_dtype, device).transpose(0, 2, 1)
+        self.lora_B = self._rank_major_b()
         self.lora_bias: Array | None = (
             zeros((slots, self.out_dim), array_dtype, device) if has_lora_bias else None
         )
@@ -190,6 +191,18 @@ class LinearLoRA(Linear, SupportsLoRA):
         """The offsets that `set_lora_batch_info` took, on the device; None when unset."""
         return None if self.batch_info is None else self.batch_info.lora_grouped_offsets
 
+    def _rank_major_b(self) -> Array:
+        """Zeros of the shape of B, ranks apart in memory: an adapter's cost follows its true rank."""
+        shape = (self.max_num_loras, self.max_lora_rank, self.out_dim)
+        return zeros(shape, self.dtype.to_numpy(), self.device).transpose(0, 2, 1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """An unpickled layer: pickling lost the layout of B."""
+        vars(self).update(state)
+        if self.lora_B.strides[1] != self.lora_B.dtype.itemsize:
+            values, self.lora_B = self.lora_B, self._rank_major_b()
+            copy_into(self.lora_B, values)
+
     # ---- Slots ----------------------------------------------------------------------------------
 
     def set_adapter(
@@ -220,7 +233,7 @@ class LinearLoRA(Linear, SupportsLoRA):
         """
         slot = self._slot(slot)
         a, b = self._factors(lora_A, lora_B)
-        if not math.isfinite(scaling):
+        if not math.isfinite(number(scaling, "scaling")):
             raise ValueError(f"scaling must be finite, got {scaling}")
         bias = self._slot_bias(lora_bias)
 

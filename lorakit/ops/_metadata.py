@@ -55,6 +55,12 @@ def check_cache(
     The axes of the cache are ``num_pages num_layers page_size n_kv_heads head_dim``; `arrays` may name
     them too. Host-visible offsets and pages are checked by value.
     """
+    if not hasattr(kv_collection, "lookup_table"):
+        raise TypeError(
+            f"kv_collection must be a PagedKVCacheCollection, got {type(kv_collection).__name__}"
+        )
+    if isinstance(batch_offset, bool) or not isinstance(batch_offset, (int, np.integer)):
+        raise TypeError(f"batch_offset must be an integer, got {type(batch_offset).__name__}")
     sizes = checks.check_shapes(
         **arrays,
         blocks=(
@@ -72,8 +78,7 @@ def check_cache(
             f"input_row_offsets has {sizes['batch_size']} sequences from batch_offset = {batch_offset} "
             f"on, but cache_lengths has {sizes['cached_sequences']}"
         )
-    if sizes["head_dim"] % 8 or not 8 <= sizes["head_dim"] <= 256:
-        raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {sizes['head_dim']}")
+    checks.check_head_dim(sizes["head_dim"])
     if sizes["page_size"] < 1:
         raise ValueError(f"page_size must be at least 1, got {sizes['page_size']}")
     metadata = {

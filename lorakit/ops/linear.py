@@ -12,7 +12,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """``x @ weight.T + bias``: cuBLAS on a GPU, NumPy in float32 on the CPU. float32 never uses TF32.
 
     Args:
-        x: ``[total_tokens, in_dim]``; rows may lie apart.
+        x: ``[total_tokens, in_dim]``; rows may lie apart, not overlap.
         weight: ``[out_dim, in_dim]`` in x's dtype, contiguous along rows or columns.
         bias: ``[out_dim]`` in x's dtype, or None.
 
@@ -35,6 +35,8 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         raise ValueError(
             f"weight must be contiguous along a row or a column, got strides {tuple(weight.strides)}"
         )
+    if x.size and not cublas.has_runs(x):
+        raise ValueError(f"x must have rows that do not overlap, got strides {tuple(x.strides)}")
     backend = jit.backend_of(x)
     if backend is None:
         return reference.linear(x, weight, bias)

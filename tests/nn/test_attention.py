@@ -303,6 +303,8 @@ def test_attributes(device: DeviceRef) -> None:
         ({"rope": None}, TypeError, "rope must be a RotaryEmbedding"),
         ({"kv_params": None}, TypeError, "kv_params must be KVCacheParams"),
         ({"scale": float("nan")}, ValueError, "scale must be None or finite"),
+        ({"scale": "1"}, TypeError, "scale must be a number, got"),
+        ({"clip_qkv": "1"}, TypeError, "clip_qkv must be a number, got"),
         ({"clip_qkv": -0.5}, ValueError, "clip_qkv must be None or at least 0"),
         ({"linear_cls": lambda **arguments: object()}, TypeError, "linear_cls must return"),
         (

@@ -389,6 +389,41 @@ def test_setting_info_sets_all_four_or_none(device: DeviceRef) -> None:
     assert all(p.batch_info is infos[0] for p in [*layer.qkv_loras, layer.o_proj])
 
 
+def test_ids_must_be_slots_of_all_four(device: DeviceRef) -> None:
+    """The device would take a slot that one projection lacks for base rows there."""
+
+    def make(**arguments: Any) -> LinearLoRA:
+        is_output = arguments["out_dim"] == 40
+        return LinearLoRA(max_num_loras=2 if is_output else 8, max_lora_rank=4, **arguments)
+
+    layer = setup(device, linear_cls=make).layer
+    assert layer.o_proj.max_num_loras == 2
+    with pytest.raises(ValueError, match="lora_ids must be below max_num_loras = 2, got 5"):
+        layer.set_lora_batch_info(*build_lora_batch([5], offsets(3), {5: 4}))
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_an_output_projection_that_does_not_fit_is_seen_before_the_cache_is_written(
+    device: DeviceRef, to_device: Any, to_host: Any, name: str
+) -> None:
+    s = with_adapters(device)
+    s.layer.set_lora_batch_info(*build_lora_batch([0], offsets(5), RANKS))
+    good = getattr(s.layer.o_proj, name)
+    setattr(s.layer.o_proj, name, good[..., : good.shape[-1] // 2, :-1])
+    claim(s.manager, ["a"])
+    with pytest.raises(ValueError, match=f"o_proj.{name}"):
+        run(s, ["a"], [s.tokens(30, 5)], to_device, to_host)
+    assert np.isnan(to_host(s.manager.blocks)).all()
+
+
+def test_a_call_without_a_cache(device: DeviceRef, to_device: Any) -> None:
+    s = with_adapters(device)
+    with pytest.raises(
+        TypeError, match="kv_collection must be a PagedKVCacheCollection, got NoneTy"
+    ):
+        s.layer(0, to_device(normal(1, 5, 40)), None, s.rope.freqs_cis, offsets(5))
+
+
 @pytest.mark.parametrize("which", ["q_proj", "o_proj"])
 def test_groups_past_the_rows_write_nothing(
     device: DeviceRef, to_device: Any, to_host: Any, which: str

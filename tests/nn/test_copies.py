@@ -33,6 +33,7 @@ def test_weights_written_into_a_copy_count(
     s.layer.set_lora_batch_info(*build_lora_batch([1], offsets(5), [0, 2]))
     before = run(s, s.layer, to_device, to_host)
     other = copied(s.layer)
+    assert other.o_proj.lora_B.strides == s.layer.o_proj.lora_B.strides
     np.testing.assert_array_equal(run(s, other, to_device, to_host), before)
 
     other.q_proj.weight[...] = 0

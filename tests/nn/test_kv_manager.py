@@ -46,7 +46,7 @@ def manager(device: DeviceRef, pages: int = 10, **options: Any) -> PagedKVCacheM
 def test_params() -> None:
     assert PARAMS.n_kv_heads_per_device == 2
     assert PARAMS.dtype_shorthand == "f16"
-    assert KVCacheParams(DType.bfloat16, 1, 1, page_size=1).dtype_shorthand == "bf16"
+    assert KVCacheParams(DType.bfloat16, 1, 8, page_size=1).dtype_shorthand == "bf16"
     assert PARAMS.cache_strategy is KVCacheStrategy.PAGED
     assert KVCacheStrategy.PAGED.uses_opaque()
     assert KVCacheStrategy.PAGED.kernel_substring() == "paged"
@@ -58,6 +58,8 @@ def test_params() -> None:
         ({"page_size": None}, ValueError, "page_size must be given"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1"),
         ({"n_kv_heads": 0}, ValueError, "n_kv_heads must be at least 1"),
+        ({"head_dim": 12}, ValueError, "head_dim must be a multiple of 8 up to 256, got 12"),
+        ({"head_dim": 264}, ValueError, "head_dim must be a multiple of 8 up to 256, got 264"),
         ({"head_dim": 8.0}, TypeError, "head_dim must be an integer"),
         ({"dtype": DType.float8_e4m3fn}, ValueError, "dtype must be one of"),
         ({"enable_prefix_caching": True}, NotImplementedError, "enable_prefix_caching"),

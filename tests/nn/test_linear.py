@@ -80,6 +80,7 @@ def test_weights_start_as_zeros_and_are_named(device: DeviceRef, to_host: Any) -
         ({"dtype": np.float32}, TypeError, "dtype must be a lorakit.DType"),
         ({"dtype": DType.float64}, ValueError, "dtype must be one of .*, got float64"),
         ({"device": "cpu"}, TypeError, "device must be a lorakit.DeviceRef, got 'cpu'"),
+        ({"clip_weight": "1"}, TypeError, "clip_weight must be a number, got"),
         ({"clip_weight": -1.0}, ValueError, "clip_weight must be None or at least 0, got -1.0"),
         ({"clip_weight": float("nan")}, ValueError, "clip_weight must be None or at least 0"),
         ({"quantization_encoding": "Q4_0"}, NotImplementedError, "quantization_encoding"),

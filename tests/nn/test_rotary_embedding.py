@@ -303,6 +303,7 @@ def test_call_refusals(
         ({"dim": 0}, ValueError, "dim must be at least 1"),
         ({"n_heads": 65}, ValueError, "head_dim must be at least 1, got 0"),
         ({"head_dim": 7}, ValueError, "head_dim must be even, got 7"),
+        ({"theta": "1"}, TypeError, "theta must be a number, got"),
         ({"theta": 0.0}, ValueError, "theta must be positive, got 0.0"),
         ({"max_seq_len": 0}, ValueError, "max_seq_len must be at least 1"),
         ({"device": "cpu"}, TypeError, "device must be a lorakit.DeviceRef"),

@@ -209,6 +209,18 @@ def test_bad_values_in_a_replay_are_reported(
         lorakit.check_errors()
 
 
+def test_metadata_on_the_host_is_refused_in_a_capture(
+    gpu: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Each replay would use what it holds now."""
+    x, a = gpu.ones((3, 16), np.float32), gpu.ones((1, 4, 16), np.float32)
+    offsets = np.array([0, 3], np.int32)
+    ops.sgmv_shrink(x, a, gpu.zeros(1, np.int32), None, gpu.asarray(offsets))
+    words = "must be on the GPU while a graph is captured"
+    with pytest.raises(RuntimeError, match=words), lorakit.Graph():
+        ops.sgmv_shrink(x, a, gpu.zeros(1, np.int32), None, offsets)
+
+
 def test_replay_on_another_stream(
     gpu: Any, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit import Graph, ops
+from lorakit import Graph, cublas, ops
 from lorakit.dtypes import bfloat16
 from lorakit.testing import activations, assert_bitwise_equal, assert_within_budget, widen
 from tests.ops.helpers import FLOAT16, FLOAT32, each_dtype
@@ -104,16 +104,29 @@ def test_a_weight_without_runs_is_refused() -> None:
         ops.linear(x, weight)
 
 
+@pytest.mark.parametrize("stride", [0, 4, 28])
+def test_rows_that_overlap_are_refused(stride: int) -> None:
+    x = np.lib.stride_tricks.as_strided(np.zeros(64, np.float32), (4, 8), (stride, 4))
+    with pytest.raises(ValueError, match=r"x must .*rows"):
+        ops.linear(x, np.zeros((3, 8), np.float32))
+
+
 def test_float32_does_not_use_tf32(gpu: Any, rng: np.random.Generator) -> None:
-    """Not even when CuPy was told to: TF32 would round the inputs to 10 bits."""
-    from cupy._core import _routines_linalg as settings
+    """Not even when the handle was told to, which stays so: TF32 would round the inputs to 10 bits."""
+    from cupy.cuda import cublas as cupy_cublas
+    from cupy.cuda import device
 
     arrays = numbers((64, 256, 128, False), FLOAT32, rng)
-    before = settings.get_compute_type(FLOAT32)
-    settings.set_compute_type(FLOAT32, settings.COMPUTE_TYPE_TF32)
+    handle = device.get_cublas_handle()
+    cupy_cublas.setMathMode(handle, 3)  # CUBLAS_TF32_TENSOR_OP_MATH
     try:
         y = ops.linear(*map(gpu.asarray, arrays[:2]))
-        assert settings.get_compute_type(FLOAT32) == settings.COMPUTE_TYPE_TF32
+        assert cupy_cublas.getMathMode(handle) == 3
     finally:
-        settings.set_compute_type(FLOAT32, before)
+        cupy_cublas.setMathMode(handle, 0)
     check(y, *arrays)
+
+
+def test_a_refusal_of_cublas_is_an_error(gpu: Any) -> None:
+    with pytest.raises(RuntimeError, match="cuBLAS: "):
+        cublas._check(7)  # CUBLAS_STATUS_INVALID_VALUE
