@@ -418,10 +418,10 @@ def test_an_output_projection_that_does_not_fit_is_seen_before_the_cache_is_writ
 
 def test_a_call_without_a_cache(device: DeviceRef, to_device: Any) -> None:
     s = with_adapters(device)
-    with pytest.raises(
-        TypeError, match="kv_collection must be a PagedKVCacheCollection, got NoneTy"
-    ):
-        s.layer(0, to_device(normal(1, 5, 40)), None, s.rope.freqs_cis, offsets(5))
+    nothing: Any = None
+    words = "kv_collection must be a PagedKVCacheCollection, got NoneType"
+    with pytest.raises(TypeError, match=words):
+        s.layer(0, to_device(normal(1, 5, 40)), nothing, s.rope.freqs_cis, offsets(5))
 
 
 @pytest.mark.parametrize("which", ["q_proj", "o_proj"])
