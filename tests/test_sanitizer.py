@@ -38,9 +38,9 @@ cupy.cuda.Device().synchronize()
 """
 
 
-@pytest.fixture(scope="module")
-def sanitizer() -> str:
-    """The path of compute-sanitizer; skips where it is not installed."""
+@pytest.fixture
+def sanitizer(gpu: Any) -> str:
+    """The path of compute-sanitizer; skips without a GPU, and where it is not installed."""
     folders = [os.environ.get("PATH", "")]
     for home in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
         if home:
@@ -68,7 +68,7 @@ each_tool = pytest.mark.parametrize("tool", MISTAKES)
 
 
 @each_tool
-def test_the_tool_reports_a_planted_mistake(tool: str, gpu: Any, sanitizer: str) -> None:
+def test_the_tool_reports_a_planted_mistake(tool: str, sanitizer: str) -> None:
     planted = run(sanitizer, tool, "-c", PROGRAM.format(MISTAKES[tool]), seconds=300)
     assert planted.returncode == FOUND, planted.stdout + planted.stderr
     assert "planted" in planted.stdout  # the name of the kernel
@@ -77,7 +77,7 @@ def test_the_tool_reports_a_planted_mistake(tool: str, gpu: Any, sanitizer: str)
 
 
 @each_tool
-def test_every_kernel_instance_is_clean(tool: str, gpu: Any, sanitizer: str) -> None:
+def test_every_kernel_instance_is_clean(tool: str, sanitizer: str) -> None:
     result = run(
         sanitizer,
         tool,

@@ -292,6 +292,26 @@ def test_nan_behind_the_causal_mask_is_not_seen(
 
 
 @each_dtype
+@pytest.mark.parametrize("past", [0, 1, 60])
+def test_nan_behind_the_last_key_of_a_block_is_not_seen(
+    past: int, dtype: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """A value that no row of a block sees is not even multiplied with 0."""
+    case = Case("", (3,), (100,), dtype=dtype)
+    tile = tiles.attention_ragged(dtype, case.head_dim)
+    tokens = tiles.attention_block_m(tile) // (case.n_heads // case.n_kv_heads)  # of a block
+    assert tokens + past < 100
+    cache = case.cache(rng)
+    q = kernels.asarray(case.rows(rng, case.n_heads))
+    clean = kernels.to_host(run(case, kernels, q, cache)[0])
+    page, slot = divmod(3 + tokens + past, case.page_size)
+    cache.blocks[cache.lookup_table[0, page], 1, 1, slot] = np.nan
+    out = kernels.to_host(run(case, kernels, q, cache)[0])
+    assert_bitwise_equal(out[:tokens], clean[:tokens])
+    assert np.isnan(out[tokens + past :]).all()
+
+
+@each_dtype
 def test_scattered_pages_and_pages_in_a_row(
     dtype: Any, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:

@@ -61,15 +61,15 @@ def test_rank_vectors_at_the_ends_of_float32(
 def test_infinity_stays_infinity(dtype: Any, kernels: KernelDevice) -> None:
     """And so does what overflows the 16-bit term that carries it."""
     largest = np.finfo(np.float32).max if np.dtype(dtype) == bfloat16 else np.inf
-    h = np.array([[np.inf, 1], [1, -np.inf], [largest, 0], [0, 0]], np.float32)
+    h = np.array([[np.inf, 1], [1, -np.inf], [largest, 0], [0, 0], [np.inf, -3]], np.float32)
     b = np.ones((1, 2, 8), dtype)
     y = ops.sgmv_expand(
         kernels.asarray(h),
         kernels.asarray(b).transpose(0, 2, 1),
         *ONE_GROUP,
-        np.array([0, 4], np.int32),
+        np.array([0, 5], np.int32),
     )
-    column = np.array([np.inf, -np.inf, np.inf, 0])
+    column = np.array([np.inf, -np.inf, np.inf, 0, np.inf])
     assert_bitwise_equal(y, np.tile(column[:, np.newaxis], 8).astype(dtype))
 
 

@@ -127,9 +127,11 @@ def test_adding_negative_zero_keeps_every_bit(
     case = Case("", (3,), (4,), dtype=dtype)
     cache = case.cache(rng)
     tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)  # type: ignore[no-untyped-call]
-    cache.blocks[...] = rng.choice(
-        np.array([-0.0, 0, tiny, -3 * tiny, 1, np.inf], dtype), cache.blocks.shape
-    )
+    word = np.dtype(f"u{dtype.itemsize}")
+    nan = 0xFFC00001 if dtype.itemsize == 4 else 0xFE01 if dtype == FLOAT16 else 0xFF81  # payloads
+    kept = np.array([-0.0, 0, tiny, -3 * tiny, 1, np.inf], dtype).view(word)
+    words = rng.choice(np.append(kept, np.array(nan, word)), cache.blocks.shape)
+    cache.blocks[...] = words.view(dtype)
     delta = np.full((4, case.n_kv_heads, case.head_dim), -0.0, np.float32)
     offsets, on_device = case.place(kernels, cache)
     ops.add_kv(kernels.asarray(delta), kernels.asarray(delta), offsets, on_device, 1)
