@@ -41,7 +41,8 @@ def markdown(mutants: Sequence[Mutant], verdicts: Mapping[Mutant, Verdict]) -> s
         f"{total['equivalent']} equivalent, {total['not decided']} not decided.** "
         f"At least {100 * total['killed'] / max(wrong, 1):.1f} % of what is not equivalent is killed: "
         "what is not decided counts as alive.",
-        f"Not mutated: {' and '.join(TWINS)}, which the emulator replaces by twins: only a GPU runs them.",
+        f"Not mutated: {' and '.join(TWINS)}, which the emulator replaces by twins: "
+        "`tests/test_ptx.py` reads what NVRTC makes of them.",
         "## By class",
         _table(fates, "class", KINDS, lambda mutant: mutant.kind, _TITLES.__getitem__),
         "## By source",
