@@ -7,6 +7,7 @@ Nothing is repaired: no cast, copy or clamp.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -92,6 +93,16 @@ def check_rows(**arrays: Any) -> None:
         if array.size and array.strides[0] < 0:
             raise ValueError(
                 f"{name} must have rows in ascending order, got strides {tuple(array.strides)}"
+            )
+
+
+def check_rows_apart(**arrays: Any) -> None:
+    """As `check_rows`, and no two rows share memory."""
+    check_rows(**arrays)
+    for name, array in arrays.items():
+        if array.size and len(array) > 1 and array.strides[0] < array[0].nbytes:
+            raise ValueError(
+                f"{name} must have rows that do not overlap, got strides {tuple(array.strides)}"
             )
 
 
@@ -193,6 +204,13 @@ def check_positions(freqs_cis: Any, kv_collection: Any, input_row_offsets: Any) 
             f"freqs_cis must have a row for each of {int(lengths[new > 0].max())} positions, "
             f"got {freqs_cis.shape[0]}"
         )
+
+
+def check_number(value: Any, name: str) -> float:
+    """A real number, of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_head_dim(head_dim: int) -> None:

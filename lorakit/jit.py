@@ -215,7 +215,7 @@ class CupyBackend:
         with self._device:
             if is_host(array) and self._cupy.cuda.get_current_stream().is_capturing():
                 raise RuntimeError(
-                    "batch metadata must be on the GPU while a graph is captured, got a NumPy array"
+                    "arrays must be on the GPU while a graph is captured, got a NumPy array"
                 )
             return self._cupy.asarray(array)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any, TypeAlias
@@ -163,17 +162,6 @@ def integer(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer on the host, got {_describe(value)}")
     return operator.index(value)
-
-
-def number(value: Any, name: str) -> float:
-    """A real number.
-
-    Raises:
-        TypeError: Anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {_describe(value)}")
-    return float(value)
 
 
 def _host_array(value: Any) -> Array | None:

@@ -13,7 +13,6 @@ from lorakit.nn.arrays import (
     copy_into,
     current_device_of,
     module_of,
-    number,
     positive,
 )
 from lorakit.nn.attention_step import AttentionStep
@@ -89,7 +88,7 @@ class AttentionWithRope(Module):
         self._check_geometry(kv_params, dtype)
         if not isinstance(rope, RotaryEmbedding):
             raise TypeError(f"rope must be a RotaryEmbedding, got {type(rope).__name__}")
-        if scale is not None and not math.isfinite(number(scale, "scale")):
+        if scale is not None and not math.isfinite(checks.check_number(scale, "scale")):
             raise ValueError(f"scale must be None or finite, got {scale}")
         self.rope = rope
         self.kv_params = kv_params
@@ -180,14 +179,7 @@ class AttentionWithRope(Module):
         """
         step = AttentionStep.checked(self, layer_idx, x, kv_collection, input_row_offsets)
         table = step.checked_table(freqs_cis, self)
-        weight = {"o_proj.weight": self.o_proj.weight}  # used only after the cache was written
-        checks.check_shapes(
-            **{
-                name: (array, f"{self.hidden_size} {self.q_weight_dim}")
-                for name, array in weight.items()
-            }
-        )
-        checks.check_dtype((self.dtype.to_numpy(),), **weight)
+        self._check_output()
         self._check_adapters(step)
 
         qkv = ops.linear(step.x, self.wqkv, self.wqkv_bias)
@@ -208,6 +200,12 @@ class AttentionWithRope(Module):
         )
         attended = ops.attention_ragged(q, *where, step.layer_idx, scale=self.scale)
         return self.o_proj(attended.reshape(len(qkv), self.q_weight_dim))
+
+    def _check_output(self) -> None:
+        """The output projection, which is used only after the cache was written."""
+        name, weight = "o_proj.weight", self.o_proj.weight
+        checks.check_shapes(**{name: (weight, f"{self.hidden_size} {self.q_weight_dim}")})
+        checks.check_dtype((self.dtype.to_numpy(),), **{name: weight})
 
     def _check_adapters(self, step: AttentionStep) -> None:
         """What a subclass checks before anything is written."""

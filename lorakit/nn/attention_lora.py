@@ -163,13 +163,16 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
             info.check_rows(rows)
         if isinstance(self.o_proj, LinearLoRA) and self.o_proj.batch_info is not None:
             self.o_proj.batch_info.check_rows(rows)
-            lora, slots = self.o_proj, self.o_proj.max_num_loras
-            checks.check_shapes(  # used only after the cache was written
-                **{
-                    "o_proj.lora_A": (lora.lora_A, f"{slots} max_lora_rank {self.q_weight_dim}"),
-                    "o_proj.lora_B": (lora.lora_B, f"{slots} {self.hidden_size} max_lora_rank"),
-                }
-            )
+
+    def _check_output(self) -> None:
+        super()._check_output()
+        if isinstance(lora := self.o_proj, LinearLoRA):
+            factors = {"o_proj.lora_A": lora.lora_A, "o_proj.lora_B": lora.lora_B}
+            slots, rank = lora.max_num_loras, "max_lora_rank"
+            axes = (f"{slots} {rank} {self.q_weight_dim}", f"{slots} {self.hidden_size} {rank}")
+            named = zip(factors, zip(factors.values(), axes, strict=True), strict=True)
+            checks.check_shapes(**dict(named))
+            checks.check_dtype((self.dtype.to_numpy(),), **factors)
 
     def _add_adapters(self, step: AttentionStep, qkv: Array) -> None:
         if (info := self._qkv_info()) is not None:

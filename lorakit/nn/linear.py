@@ -12,7 +12,6 @@ from lorakit.nn.arrays import (
     as_array,
     current_device_of,
     module_of,
-    number,
     positive,
     storage_dtype,
     zeros,
@@ -109,7 +108,7 @@ class Linear(Module):
 
 def check_clip(clip: float | None, name: str) -> float | None:
     """A bound for clamping; 0.0 is a value, None means unset."""
-    if clip is not None and not number(clip, name) >= 0:
+    if clip is not None and not checks.check_number(clip, name) >= 0:
         raise ValueError(f"{name} must be None or at least 0, got {clip}")
     return clip
 

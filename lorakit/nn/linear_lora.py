@@ -16,7 +16,6 @@ from lorakit.nn.arrays import (
     copy_into,
     fill,
     integer,
-    number,
     positive,
     rounded,
     upload,
@@ -233,7 +232,7 @@ class LinearLoRA(Linear, SupportsLoRA):
         """
         slot = self._slot(slot)
         a, b = self._factors(lora_A, lora_B)
-        if not math.isfinite(number(scaling, "scaling")):
+        if not math.isfinite(checks.check_number(scaling, "scaling")):
             raise ValueError(f"scaling must be finite, got {scaling}")
         bias = self._slot_bias(lora_bias)
 

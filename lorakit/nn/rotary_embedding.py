@@ -17,7 +17,6 @@ from lorakit.nn.arrays import (
     current_device_of,
     integer,
     module_of,
-    number,
     positive,
     upload,
 )
@@ -69,7 +68,7 @@ class RotaryEmbedding:
         )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        if not (math.isfinite(number(theta, "theta")) and theta > 0):
+        if not (math.isfinite(checks.check_number(theta, "theta")) and theta > 0):
             raise ValueError(f"theta must be positive, got {theta}")
         if not isinstance(device, DeviceRef):
             raise TypeError(f"device must be a lorakit.DeviceRef, got {device!r}")

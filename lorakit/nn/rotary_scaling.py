@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.nn.arrays import Array, number
+from lorakit import checks
+from lorakit.nn.arrays import Array
 from lorakit.nn.device import DeviceRef
 from lorakit.nn.rotary_embedding import RotaryEmbedding
 
@@ -261,5 +262,5 @@ def _required(params: Any, kind: type[_Params]) -> _Params:
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(number(value, name)) and value > 0):
+        if not (math.isfinite(checks.check_number(value, name)) and value > 0):
             raise ValueError(f"{name} must be positive, got {value}")

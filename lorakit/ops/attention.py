@@ -69,6 +69,8 @@ def attention_ragged(
         )
     if rows * (n_heads // n_kv_heads) >= 2**31:
         raise ValueError(f"q must have less than 2^31 rows per key head, got {rows} tokens")
+    if scale is not None:
+        checks.check_number(scale, "scale")
     checks.check_same_place(blocks=blocks, q=q)
     checks.check_aligned_rows(q=q)
     backend = jit.backend_of(q)

@@ -304,11 +304,7 @@ def _check_expand(
         checks.check_shapes(add_to=(add_to, f"{rows} {out_dim}"))
         checks.check_dtype((lora_b.dtype, np.float32), add_to=add_to)
         checks.check_same_place(lora_b=lora_b, add_to=add_to)
-        checks.check_rows(add_to=add_to)
-        if rows > 1 and add_to.strides[0] < out_dim * add_to.dtype.itemsize:
-            raise ValueError(
-                f"add_to must have rows that do not overlap, got strides {tuple(add_to.strides)}"
-            )
+        checks.check_rows_apart(add_to=add_to)
     _check_segments(rows_of, segments, max_num_loras)
 
 

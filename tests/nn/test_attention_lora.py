@@ -413,6 +413,9 @@ def test_an_output_projection_that_does_not_fit_is_seen_before_the_cache_is_writ
     claim(s.manager, ["a"])
     with pytest.raises(ValueError, match=f"o_proj.{name}"):
         run(s, ["a"], [s.tokens(30, 5)], to_device, to_host)
+    setattr(s.layer.o_proj, name, good.astype(np.float16))
+    with pytest.raises(TypeError, match=f"o_proj.{name} must be float32, got float16"):
+        run(s, ["a"], [s.tokens(30, 5)], to_device, to_host)
     assert np.isnan(to_host(s.manager.blocks)).all()
 
 

@@ -393,6 +393,12 @@ def test_more_rows_than_32_bits_count() -> None:
         ops.attention_ragged(**arguments)
 
 
+def test_a_scale_is_a_number() -> None:
+    arguments = good("attention_ragged") | {"scale": "0.5"}
+    with pytest.raises(TypeError, match="scale must be a number, got str"):
+        ops.attention_ragged(**arguments)
+
+
 def test_an_empty_rotary_table() -> None:
     """Positions on a device cannot be checked, but there must be a row to clamp them to."""
     arguments = good("rope_ragged")
