@@ -401,3 +401,11 @@ def test_a_cache_folder_that_cannot_be_written_is_replaced(
     with pytest.warns(UserWarning, match="cached for this process only"):
         jit.import_cupy.__wrapped__()
     assert os.environ["CUPY_CACHE_DIR"] != str(tmp_path)
+
+
+def test_without_cupy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(
+        ModuleNotFoundError, match="install lorakit with the extra cuda12 or cuda13"
+    ):
+        jit.import_cupy.__wrapped__()

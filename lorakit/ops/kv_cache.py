@@ -29,8 +29,8 @@ def store_kv(k: Any, v: Any, input_row_offsets: Any, kv_collection: Any, layer_i
     Raises:
         ValueError, TypeError: Naming the argument; nothing was written.
     """
+    sizes = _check(k, v, input_row_offsets, kv_collection, layer_idx, 0)
     blocks = kv_collection.blocks
-    sizes = _check(k, v, input_row_offsets, kv_collection, layer_idx, 0, (blocks.dtype,))
     backend = jit.backend_of(blocks)
     if sizes["total_tokens"] == 0:
         return
@@ -68,9 +68,9 @@ def add_kv(
     Raises:
         ValueError, TypeError: Naming the argument; nothing was written.
     """
+    wider = (np.dtype(np.float32),)
+    sizes = _check(k, v, input_row_offsets, kv_collection, layer_idx, batch_offset, wider)
     blocks = kv_collection.blocks
-    dtypes = (blocks.dtype, np.dtype(np.float32))
-    sizes = _check(k, v, input_row_offsets, kv_collection, layer_idx, batch_offset, dtypes)
     checks.check_dtype((k.dtype,), v=v)
     backend = jit.backend_of(blocks)
     if sizes["total_tokens"] == 0:
@@ -108,8 +108,9 @@ def _check(
     kv_collection: Any,
     layer_idx: int,
     batch_offset: int,
-    dtypes: tuple[Any, ...],
+    wider: tuple[Any, ...] = (),
 ) -> dict[str, int]:
+    """Of k and v in the cache's dtype, or in one of `wider`."""
     axes = "total_tokens n_kv_heads head_dim"
     rows = k.shape[0] if getattr(k, "shape", None) else 0
     sizes = check_cache(
@@ -122,7 +123,7 @@ def _check(
         v=(v, axes),
     )
     checks.check_dtype(STORAGE, blocks=kv_collection.blocks)
-    checks.check_dtype(dtypes, k=k, v=v)
+    checks.check_dtype((kv_collection.blocks.dtype, *wider), k=k, v=v)
     checks.check_same_place(blocks=kv_collection.blocks, k=k, v=v)
     checks.check_aligned_rows(k=k, v=v)
     return sizes

@@ -203,10 +203,10 @@ def sgmv_qkv_lora(
     ):
         if len(triple) != 3:
             raise ValueError(f"{name} must have three arrays (q, k, v), got {len(triple)}")
-    blocks = kv_collection.blocks
     checks.check_shapes(x=(x, "total_tokens in_dim"))
     rows = x.shape[0]
     sizes = check_cache(kv_collection, input_row_offsets, layer_idx, rows=rows)
+    blocks = kv_collection.blocks
     checks.check_same_place(x=x, blocks=blocks)
     checks.check_dtype((x.dtype,), blocks=blocks)
     kv_shape = (rows, sizes["n_kv_heads"], sizes["head_dim"])

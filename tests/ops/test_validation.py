@@ -399,6 +399,19 @@ def test_a_scale_is_a_number() -> None:
         ops.attention_ragged(**arguments)
 
 
+@pytest.mark.parametrize(
+    "op", ["store_kv", "add_kv", "rope_ragged", "attention_ragged", "sgmv_qkv_lora"]
+)
+def test_no_cache(op: str) -> None:
+    with pytest.raises(TypeError, match="kv_collection must be a PagedKVCacheCollection, got None"):
+        getattr(ops, op)(**(good(op) | {"kv_collection": None}))
+
+
+def test_a_batch_offset_is_an_integer() -> None:
+    with pytest.raises(TypeError, match="batch_offset must be an integer, got float"):
+        ops.add_kv(**(good("add_kv") | {"batch_offset": 1.0}))
+
+
 def test_an_empty_rotary_table() -> None:
     """Positions on a device cannot be checked, but there must be a row to clamp them to."""
     arguments = good("rope_ragged")
