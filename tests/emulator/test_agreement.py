@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lorakit import tiles
+from lorakit import jit, tiles
 from lorakit.dtypes import STORAGE
 from lorakit.testing import activations
-from tests.emulator import emulator
+from tests.emulator import agreement, emulator
 from tests.emulator.agreement import Twice, Written, table
 
 INSTANCE = tiles.instances()[0]
@@ -56,3 +57,31 @@ def test_integers_agree_in_every_bit() -> None:
     assert compare(old, new, new).same == 1
     with pytest.raises(AssertionError, match=r"\[6\] on the GPU, \[0\] emulated"):
         compare(old, new, old)
+
+
+class OnDevice(np.ndarray[Any, Any]):
+    """What stands for an array on a GPU."""
+
+    def get(self) -> np.ndarray[Any, Any]:
+        return np.asarray(self).copy()
+
+
+def test_errors_of_earlier_launches_are_kept_and_not_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    word = np.full(1, 8, np.uint32).view(OnDevice)  # an earlier launch's
+
+    def launch(instance: Any, grid: Any, args: Any) -> None:
+        args[0][0] |= 1
+
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
+    monkeypatch.setattr(jit, "import_cupy", lambda: cupy)
+    monkeypatch.setattr(agreement, "_is_array", lambda arg: isinstance(arg, OnDevice))
+    monkeypatch.setattr(agreement, "_bytes", lambda array: array.get().view(np.uint8))
+    monkeypatch.setattr(agreement, "emulator", SimpleNamespace(launch=launch, empty=emulator.empty))
+    both = Twice(SimpleNamespace(launch=launch, empty=None, error_word=lambda: word))
+    both.launch(INSTANCE, (1,), (word,))
+    (written,) = both.written
+    assert Written(*written).same == 1
+    assert word[0] == 9
