@@ -114,6 +114,27 @@ def check_aligned_rows(**arrays: Any) -> None:
             _check_aligned(name, array, (address_of(array), array.strides[0]))
 
 
+def check_disjoint(name: str, a: Any, b: Any) -> None:
+    """No element of one array is one of the other's, else `ValueError`."""
+    if np.shares_memory(_addresses(a), _addresses(b)):
+        raise ValueError(f"{name} must be arrays that do not overlap")
+
+
+def _addresses(array: Any) -> np.ndarray[Any, Any]:
+    """The memory of an array on any device as NumPy sees it; not to be read."""
+
+    class Memory:
+        __array_interface__ = {  # noqa: RUF012
+            "data": (address_of(array), True),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.dtype.itemsize}",
+            "version": 3,
+        }
+
+    return np.asarray(Memory())
+
+
 def check_same_place(**arrays: Any) -> None:
     """All arrays live in the memory of one device (or all on the host), else `TypeError`."""
     places = {name: place_of(name, array) for name, array in arrays.items()}

@@ -14,11 +14,14 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
+from lorakit import driver
 
 if TYPE_CHECKING:
     from lorakit.tiles import Instance
@@ -36,6 +39,8 @@ class KernelCompileError(RuntimeError):
 class Backend(Protocol):
     """What an op needs of the place where its arrays live."""
 
+    @property
+    def multiprocessors(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def zeros(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def full(self, shape: Sequence[int], dtype: Any, value: int) -> Any: ...
@@ -130,6 +135,8 @@ def compile_cubin(source: str, names: Sequence[str], arch: str) -> tuple[bytes, 
 
     flags = assemble_cupy_compiler_options(("-std=c++17", f"-I{sources()}"))
     flags += ("-ftz=true", f"--gpu-architecture={arch}", "--ptxas-options=-v")
+    if nvrtc.getVersion() >= (12, 9):  # what it takes from its cache comes without ptxas' report
+        flags += ("--no-cache",)
     handle = nvrtc.createProgram(program(source), f"program_{source}", (), ())
     try:
         for name in names:
@@ -247,6 +254,10 @@ class CupyBackend:
             function = self._functions.get(instance)
             if function is None:
                 function = self._functions[instance] = self._load(instance)
+            if instance.early and self._compute_capability >= 90:
+                stream = self._cupy.cuda.get_current_stream().ptr
+                driver.launch_early(function.kernel.ptr, instance, grid, args, stream)
+                return
             function(
                 tuple(grid),
                 (instance.threads,),
@@ -254,8 +265,16 @@ class CupyBackend:
                 shared_mem=instance.shared_bytes,
             )
 
+    @functools.cached_property
+    def multiprocessors(self) -> int:
+        return int(self._device.attributes["MultiProcessorCount"])
+
+    @functools.cached_property
+    def _compute_capability(self) -> int:
+        return int(self._device.compute_capability)
+
     def _load(self, instance: Instance) -> Any:
-        flags = options(int(self._device.compute_capability))
+        flags = options(self._compute_capability)
         try:
             function = self._compile(instance, flags)
         except OSError as error:  # the cache on disk cannot be written
@@ -282,6 +301,15 @@ class CupyBackend:
             raise _compile_error(instance.source, (instance.name,), str(error)) from error
 
 
+class Struct(tuple[Any, ...]):
+    """A kernel argument passed by value: a C++ struct of pointers and ``long long``, all of 8 bytes."""
+
+    def packed(self, address: Callable[[Any], int]) -> NDArray[np.void]:
+        """One element that holds the members; `address` gives that of an array."""
+        members = [0 if m is None else m if isinstance(m, int) else address(m) for m in self]
+        return np.array(members, np.int64).view(f"V{8 * len(members)}")
+
+
 def narrow(value: Any) -> Any:
     """A kernel argument: int to int32 (`OverflowError` outside), float to float32, None to a null pointer.
 
@@ -290,6 +318,8 @@ def narrow(value: Any) -> Any:
     """
     if value is None:
         return np.uintp(0)
+    if isinstance(value, Struct):
+        return value.packed(lambda array: int(array.data.ptr))
     if isinstance(value, bool):
         return np.bool_(value)
     if isinstance(value, int):

@@ -24,8 +24,11 @@ _CPP_NAMES = {
 # A head dim is padded to the next of these inside the attention kernel.
 HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
 
-SGMV_BLOCK_M = 16  # rows of a block in both sgmv kernels
-SGMV_EXPAND_BLOCK_N = 128  # columns of a block
+SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
+SGMV_BLOCK_N = 256  # columns of a block of expand
+SGMV_MAX_SLICES = 3  # outputs of one launch
+SGMV_COUNTERS = 32  # of eight rows
+SGMV_ROUTE_THREADS = 1024
 KV_THREADS = 256
 ROPE_THREADS = 256
 
@@ -40,6 +43,7 @@ class Instance:
         params: Its arguments as C++ text.
         threads: Threads of a block.
         shared_bytes: Dynamic shared memory of a block.
+        early: From sm_90 on it may start while the kernel before it ends, and waits for that itself.
     """
 
     source: str
@@ -47,45 +51,106 @@ class Instance:
     params: tuple[str, ...]
     threads: int
     shared_bytes: int = 0
+    early: bool = False
 
     @property
     def name(self) -> str:
         """The C++ name expression."""
-        return f"lorakit::{self.kernel}<{', '.join(self.params)}>"
+        params = f"<{', '.join(self.params)}>" if self.params else ""
+        return f"lorakit::{self.kernel}{params}"
+
+
+def sgmv_item_rows(total_tokens: int, max_adapters: int) -> int:
+    """Rows of a work item, for as many adapters at most: few for decode, where each has a row or two."""
+    if total_tokens <= 128:
+        return 8
+    return 64 if total_tokens >= max(1024, 32 * max_adapters) else 16
 
 
 @functools.cache
-def sgmv_shrink(dtype: Any, max_lora_rank: int, aligned: bool) -> Instance:
-    """Ranks in one block, or in blocks of 64. `aligned`: rows of x and A are whole 16-byte vectors."""
+def sgmv_route_items() -> Instance:
+    """One block."""
+    return Instance("sgmv_route.cu", "sgmv_route_items_kernel", (), SGMV_ROUTE_THREADS)
+
+
+@functools.cache
+def sgmv_route_rows() -> Instance:
+    """A row per thread."""
+    return Instance("sgmv_route.cu", "sgmv_route_rows_kernel", (), SGMV_ROUTE_THREADS)
+
+
+@functools.cache
+def sgmv_shrink(dtype: Any, rank_blocks: int, item_rows: int, aligned: bool) -> Instance:
+    """All rows of an item at once. `aligned`: rows of x and A are whole 16-byte vectors."""
     dtype = np.dtype(dtype)
-    block_r = 16 if max_lora_rank <= 16 else 64
-    stages, block_k = 2, 256 // dtype.itemsize
+    rows = item_rows // 8 if aligned and dtype.itemsize == 2 else 1
+    ranks = min(rank_blocks, 3) if rows == 8 else 1
+    if rows == 8 and ranks == 1:
+        rows = 4
+    tile_rows = 16 * ranks + 8 * rows
+    row_bytes = 128 if tile_rows <= 96 else 64
+    stages = 4 if tile_rows <= 24 else 3 if tile_rows == 48 or row_bytes == 64 else 2
+    ring = 4 * stages * tile_rows * row_bytes
+    sums = 4 * 8 * rows * (16 * ranks + 4) * 4
     return Instance(
-        "sgmv.cu",
+        "sgmv_shrink.cu",
         "sgmv_shrink_kernel",
-        (_CPP_NAMES[dtype], str(block_r), _flag(aligned)),
+        (_CPP_NAMES[dtype], str(ranks), str(rows), _flag(aligned)),
         threads=128,
-        shared_bytes=stages * (SGMV_BLOCK_M + block_r) * _tile_row_bytes(block_k, dtype),
+        shared_bytes=max(ring, sums) + 8 * rows * 4,
+        early=True,
     )
 
 
-def sgmv_shrink_block_r(instance: Instance) -> int:
-    """Ranks of a block of a shrink instance."""
+def sgmv_shrink_rows(instance: Instance) -> int:
+    """Rows of a block of a shrink instance."""
+    return 8 * int(instance.params[2])
+
+
+def sgmv_shrink_rank_blocks(instance: Instance) -> int:
+    """Blocks of 16 ranks of a block of a shrink instance."""
     return int(instance.params[1])
 
 
 @functools.cache
-def sgmv_expand(dtype: Any, out_dtype: Any, aligned: bool) -> Instance:
-    """`aligned`: rows of B (rank-major) and of y are whole 16-byte vectors."""
-    dtype = np.dtype(dtype)
-    stages, block_r = 2, 16
-    return Instance(
-        "sgmv.cu",
-        "sgmv_expand_kernel",
-        (_CPP_NAMES[dtype], _CPP_NAMES[np.dtype(out_dtype)], _flag(aligned)),
-        threads=128,
-        shared_bytes=stages * block_r * _tile_row_bytes(SGMV_EXPAND_BLOCK_N, dtype),
+def sgmv_expand(dtype: Any, out_dtype: Any, rank: int, item_rows: int, aligned: bool) -> Instance:
+    """`aligned`: rows of h, of B (rank-major) and of y are whole 16-byte vectors."""
+    dtype, out_dtype = np.dtype(dtype), np.dtype(out_dtype)
+    fast = aligned and dtype.itemsize == 2
+    rows = 1 if item_rows == 64 and (rank <= 16 or not fast) else item_rows // 8
+    in_turns = item_rows > 8 * rows
+    y_bytes = item_rows // 4 * (out_dtype.itemsize // 2) * 128 * 16
+    b_bytes = (1 if in_turns else 2) * 4 * (dtype.itemsize // 2) * 128 * 16
+    h_bytes = (
+        item_rows
+        // 8
+        * (1 if in_turns else 4 if rows == 8 and out_dtype.itemsize == 4 else 8)
+        * 512
     )
+    return Instance(
+        "sgmv_expand.cu",
+        "sgmv_expand_kernel",
+        (
+            _CPP_NAMES[dtype],
+            _CPP_NAMES[out_dtype],
+            str(item_rows),
+            str(rows),
+            _flag(aligned),
+        ),
+        threads=128,
+        shared_bytes=y_bytes + b_bytes + h_bytes + 2 * item_rows * 4,
+        early=True,
+    )
+
+
+def sgmv_expand_blocks(instance: Instance) -> int:
+    """Blocks of a multiprocessor of an expand instance."""
+    dtype, out_dtype, item_rows, rows, aligned = instance.params
+    if rows == "8":
+        return 2
+    if dtype == "float" or aligned == "false":
+        return 1
+    return {"8": 7, "16": 4, "64": 2 if out_dtype == "float" else 5}[item_rows]
 
 
 @functools.cache
@@ -146,9 +211,18 @@ def instances() -> tuple[Instance, ...]:
     """Every instance that a chooser can return."""
     flags = (True, False)
     outputs = sorted({(t, out) for t in STORAGE for out in (t, STORAGE[0])}, key=str)
+    item_rows = (8, 16, 64)
+    sgmv = [
+        *(sgmv_shrink(*g) for g in itertools.product(STORAGE, (1, 2, 3), item_rows, flags)),
+        *(
+            sgmv_expand(*out, r, m, a)
+            for out, r, m, a in itertools.product(outputs, (16, 64), item_rows, flags)
+        ),
+    ]
     found = [
-        *(sgmv_shrink(t, r, a) for t, r, a in itertools.product(STORAGE, (16, 64), flags)),
-        *(sgmv_expand(t, out, a) for (t, out), a in itertools.product(outputs, flags)),
+        sgmv_route_items(),
+        sgmv_route_rows(),
+        *dict.fromkeys(sgmv),  # each once
         *(rope_ragged(t, d, d, i) for t, d, i in itertools.product(STORAGE, (16, 8, 2), flags)),
         *(store_kv(t) for t in STORAGE),
         *(add_kv(t, delta) for t, delta in outputs),

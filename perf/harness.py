@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -79,6 +79,14 @@ class Place:
         """The array there; on a CPU itself."""
         return upload(array, self.device)
 
+    def random(self, shape: tuple[int, ...], rng: np.random.Generator, size: float = 1.0) -> Any:
+        """Normal numbers of a size in the place's dtype, drawn there."""
+        if not self.is_gpu:
+            return random_array(shape, self.dtype, rng, size)
+        generator = jit.import_cupy().random.default_rng(int(rng.integers(2**31)))
+        drawn = generator.standard_normal(shape, np.float32) * np.float32(size)
+        return drawn.astype(self.dtype)
+
     def cache(self, cache: PagedCache) -> PagedKVCacheCollection:
         """A cache there; on a CPU with the same memory."""
         return PagedKVCacheCollection(
@@ -103,6 +111,29 @@ class Place:
             self._end.record()
             self._end.synchronize()
             return float(self._cuda.get_elapsed_time(self._start, self._end)) / 1e3
+
+        return one_round
+
+    def round_in_turn(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+        """A function that runs all calls, in one graph, and returns the seconds of one of them.
+
+        No clock starts or stops between the calls, and none of them finds its memory in the cache if
+        together they use more than fits.
+        """
+        if not self.is_gpu:
+            return lambda: sum(map(_host_seconds, calls)) / len(calls)
+        for call in calls[:2]:  # compiles, starts libraries up
+            call()
+        with Graph() as graph:
+            for call in calls:
+                call()
+
+        def one_round() -> float:
+            self._start.record()
+            graph.replay()
+            self._end.record()
+            self._end.synchronize()
+            return float(self._cuda.get_elapsed_time(self._start, self._end)) / 1e3 / len(calls)
 
         return one_round
 
@@ -161,19 +192,46 @@ def measure(
         baseline: Timed by the same clock.
         share_of_budget: What the check returned.
     """
-    one_round = place.round_of(call)
+    _time(benchmark, place.round_of(call), work, share_of_budget)
+    benchmark.extra_info.update(
+        baseline=baseline.name, baseline_us=place.median_of(baseline.call) * 1e6
+    )
 
+
+def measure_in_turn(
+    benchmark: Any,
+    place: Place,
+    calls: Sequence[Callable[[], Any]],
+    work: Work,
+    baseline: Baseline,
+    share_of_budget: float,
+    more: Mapping[str, str],
+) -> None:
+    """As `measure`, for a call on other arrays each time (`Place.round_in_turn`).
+
+    Args:
+        calls: The call on each of the arrays; so many that they do not fit in the cache.
+        work: Of one call.
+        baseline: Its call is repeated as often.
+        more: Further columns of the table.
+    """
+    _time(benchmark, place.round_in_turn(calls), work, share_of_budget)
+    one_round = place.round_in_turn([baseline.call] * len(calls))
+    rounds = [one_round() for _ in range(WARMUP_ROUNDS + ROUNDS)]
+    seconds = statistics.median(rounds[WARMUP_ROUNDS:])
+    benchmark.extra_info.update(baseline=baseline.name, baseline_us=seconds * 1e6, more={**more})
+
+
+def _time(
+    benchmark: Any, one_round: Callable[[], float], work: Work, share_of_budget: float
+) -> None:
     def timed() -> None:
         global _elapsed
         _elapsed += one_round()
 
     benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
     benchmark.extra_info.update(
-        asdict(work),
-        floor_us=work.floor * 1e6,
-        share_of_budget=share_of_budget,
-        baseline=baseline.name,
-        baseline_us=place.median_of(baseline.call) * 1e6,
+        asdict(work), floor_us=work.floor * 1e6, share_of_budget=share_of_budget
     )
 
 

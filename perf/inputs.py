@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.testing import LoraBatch, PagedCache, widen
+from lorakit.testing import PagedCache, widen
 from perf.harness import random_array
 
 
@@ -79,10 +79,30 @@ def some_rows(total: int, rng: np.random.Generator, count: int = 8) -> NDArray[n
     return np.unique([0, total - 1, *inner]).astype(np.intp)
 
 
-def rows_batch(batch: LoraBatch, rows: NDArray[np.intp]) -> tuple[LoraBatch, NDArray[np.intp]]:
-    """The batch of some rows alone, one group each, over the slots they use; and those slots."""
-    slots, ranks = (values[rows] for values in batch.per_row())
-    used = np.unique(slots[slots >= 0]).astype(np.intp)
-    ids = np.where(slots < 0, -1, np.searchsorted(used, slots)).astype(np.int32)
-    offsets = np.arange(len(rows) + 1, dtype=np.uint32)
-    return LoraBatch(ids, ranks.astype(np.uint32), offsets), used
+def slots_of_rows(
+    mix: str, total_tokens: int, max_num_loras: int, rng: np.random.Generator
+) -> NDArray[np.int32]:
+    """The slot of each row of a batch, -1 for the base model.
+
+    Args:
+        mix: ``distinct`` and ``ranks`` (slots of several ranks): all slots in turn, in random order;
+            ``uniform``: so many slots as the root of the rows, at random; ``zipf``: slots at random, the
+            n-th as often as n**-1.5; ``identical``: one slot; ``halfbase``: distinct, every other row
+            a base row; ``segN``: N long segments.
+    """
+    turn = np.arange(total_tokens) % max_num_loras
+    if mix in ("distinct", "ranks", "halfbase"):
+        slots = rng.permutation(turn)
+        slots[1::2] = -1 if mix == "halfbase" else slots[1::2]
+    elif mix == "uniform":
+        slots = rng.integers(0, min(max_num_loras, max(1, round(total_tokens**0.5))), total_tokens)
+    elif mix == "zipf":
+        slots = (rng.zipf(1.5, total_tokens) - 1) % max_num_loras
+    elif mix == "identical":
+        slots = np.full(total_tokens, max_num_loras // 2)
+    elif mix.startswith("seg"):
+        segments = int(mix[3:])
+        slots = np.arange(total_tokens) * segments // max(total_tokens, 1) % max_num_loras
+    else:
+        raise ValueError(f"mix must be a pattern of rows, got {mix!r}")
+    return slots.astype(np.int32)

@@ -32,8 +32,9 @@ def header(place: Place) -> list[str]:
         ]
     return [
         *lines,
-        f"time: median of {ROUNDS} replays of a CUDA graph of one call, between events, L2 cold. The",
-        f"clock shows {place.least_reading() * 1e6:.2f} us for a copy of one element.",
+        f"time: median of {ROUNDS} replays of a CUDA graph of one call, between events, L2 cold, for which",
+        f"the clock shows {place.least_reading() * 1e6:.2f} us where it is a copy of one element;",
+        "of sgmv: of a graph of many calls on other weights each time, over their number.",
         f"floor: the larger of bytes / {BYTES_PER_SECOND / 1e12:g} TB/s and operations / "
         f"{FLOPS_PER_SECOND / 1e12:g} TFLOP/s, what one H200",
         f"reached, but at least {LEAST_SECONDS * 1e6:g} us.",
@@ -42,6 +43,8 @@ def header(place: Place) -> list[str]:
 
 def table(benchmarks: Iterable[Any], is_gpu: bool) -> list[list[str]]:
     """A row of cells for each benchmark, the names of the columns first."""
+    benchmarks = list(benchmarks)
+    more = list(dict.fromkeys(name for of in benchmarks for name in of.extra_info.get("more", {})))
     rows = [
         [
             "op",
@@ -57,6 +60,7 @@ def table(benchmarks: Iterable[Any], is_gpu: bool) -> list[list[str]]:
             "us",
             "speedup",
             "budget",
+            *more,
         ]
     ]
     for result in benchmarks:
@@ -78,6 +82,7 @@ def table(benchmarks: Iterable[Any], is_gpu: bool) -> list[list[str]]:
                 f"{info['baseline_us']:.2f}",
                 f"{info['baseline_us'] / micros:.2f}x",
                 f"{info['share_of_budget']:.1%}",
+                *(info.get("more", {}).get(name, "-") for name in more),
             ]
         )
     return rows

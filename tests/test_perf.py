@@ -14,11 +14,16 @@ import numpy as np
 import pytest
 
 from lorakit import DeviceRef
-from lorakit.testing import MODELS, lora_batch
+from lorakit.testing import MODELS
 from perf import bench_attention, bench_attention_layer, bench_kv_cache, bench_rope, bench_sgmv
 from perf.bench_attention import _work as attention_work
 from perf.harness import Place, Work, random_array
-from perf.inputs import device_rows, one_sequence, random_cache, rows_batch
+from perf.inputs import (
+    device_rows,
+    one_sequence,
+    random_cache,
+    slots_of_rows,
+)
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = (bench_sgmv, bench_rope, bench_kv_cache, bench_attention, bench_attention_layer)
@@ -45,7 +50,7 @@ def test_the_sweeps_time_every_small_case_by_themselves(tmp_path: Path) -> None:
 
     results = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     groups = {result["group"] for result in results}
-    assert {"sgmv_lora", "sgmv_shrink", "sgmv_expand", "rope_ragged"} <= groups
+    assert {"sgmv_lora", "sgmv_route", "rope_ragged"} <= groups
     assert {"write_kv", "attention_ragged", "attention_layer"} <= groups
     for result in results:
         info = result["extra_info"]
@@ -69,11 +74,14 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
     plugin = tmp_path / "plant.py"
     plugin.write_text(
         "from lorakit import ops\n"
-        "right = ops.sgmv_shrink\n"
-        "ops.sgmv_shrink = lambda *given, **named: right(*given, **named) * 1.01\n"
+        "right = ops.sgmv_lora_slices\n"
+        "def wrong(*given, **named):\n"
+        "    for y in right(*given, **named):\n"
+        "        y *= 1.01\n"
+        "ops.sgmv_lora_slices = wrong\n"
     )
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    done = sweep("perf/bench_sgmv.py", "-k", "shrink", "-p", "plant", PYTHONPATH=path)
+    done = sweep("perf/bench_sgmv.py", "-k", "lora", "-p", "plant", PYTHONPATH=path)
     assert done.returncode == 1
     assert "beyond their budget" in done.stdout
     assert "floor/time" not in done.stdout
@@ -98,14 +106,43 @@ def test_bytes_and_operations_of_attention() -> None:
 
 
 def test_bytes_of_sgmv_leave_base_rows_and_unused_adapters_out() -> None:
-    case = bench_sgmv.Case("tiny", "q", 8, 2, 4, "halfbase")
-    given = bench_sgmv.Inputs.of(case, np.float32, np.random.default_rng(0))
-    rows = 4  # half of 8
-    in_dim, out_dim = 80, 96
-    factors = 2 * 4 * (in_dim + out_dim)
-    work = given.work(shrink=True, expand=True)
-    assert work.bytes == 4 * (rows * in_dim + 2 * rows * out_dim + factors)
-    assert work.flops == 2 * rows * 4 * (in_dim + out_dim)
+    case = bench_sgmv.Case("tiny", "qkv", 8, 9, 4, "halfbase")
+    given = bench_sgmv.Inputs(case, Place(DeviceRef.CPU()), np.random.default_rng(0))
+    rows = 4  # half of 8, each with an adapter of its own
+    in_dim, out_dims = 80, 96 + 32 + 32
+    factors = rows * 4 * (3 * in_dim + out_dims)
+    assert given.work.bytes == 4 * (rows * in_dim + 2 * rows * out_dims + factors)
+    assert given.work.flops == 2 * factors
+
+
+def test_bytes_of_sgmv_follow_the_ranks() -> None:
+    case = bench_sgmv.Case("tiny", "q", 8, 4, 16, "ranks")
+    given = bench_sgmv.Inputs(case, Place(DeviceRef.CPU()), np.random.default_rng(0))
+    assert given.ranks.tolist() == [2, 16, 4, 8]
+    sides = 80 + 96
+    assert given.work.bytes == 4 * (8 * (80 + 2 * 96) + 30 * sides)
+    assert given.work.flops == 2 * 2 * 30 * sides
+
+
+def test_slots_of_rows(rng: np.random.Generator) -> None:
+    def of(mix: str, rows: int = 400, slots: int = 64) -> Sequence[int]:
+        found = slots_of_rows(mix, rows, slots, rng)
+        assert found.dtype == np.int32
+        assert len(found) == rows
+        assert found.max() < slots
+        return [int(slot) for slot in found]
+
+    assert sorted(of("distinct", 64)) == list(range(64))
+    assert sorted(of("ranks", 64)) == list(range(64))
+    assert set(of("uniform")) == set(range(20))
+    assert len(set(of("identical"))) == 1
+    counts = np.bincount(of("zipf"))
+    assert counts[0] > 2 * counts[1] > 0
+    assert of("halfbase")[1::2] == [-1] * 200
+    assert min(of("halfbase")[::2]) >= 0
+    assert of("seg4", 10, 3) == [0, 0, 0, 1, 1, 2, 2, 2, 0, 0]
+    with pytest.raises(ValueError, match="mix must be a pattern of rows, got 'else'"):
+        of("else")
 
 
 def test_cache_and_its_parts_agree(rng: np.random.Generator) -> None:
@@ -124,17 +161,6 @@ def test_cache_and_its_parts_agree(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(
             whole[:, -1], device_rows(cache.blocks, cache, b, length - 1, length)[:, 0]
         )
-
-
-def test_some_rows_of_a_batch(rng: np.random.Generator) -> None:
-    batch = lora_batch("halfbase", 12, 3, rng, slot_ranks=[2, 4, 8])
-    slots, ranks = batch.per_row()
-    rows: Sequence[int] = (0, 3, 11)
-    part, used = rows_batch(batch, np.array(rows, np.intp))
-    for i, row in enumerate(rows):
-        slot = part.lora_ids[i]
-        assert (used[slot] if slot >= 0 else -1) == slots[row]
-        assert part.lora_ranks[i] == ranks[row]
 
 
 def test_no_two_rows_of_a_large_array_agree(rng: np.random.Generator) -> None:

@@ -15,8 +15,9 @@ from tests.mutants.runner import Stage, Workshop
 from tests.mutants.sites import Mutant, all_mutants
 
 SHRINK = "tests/ops/test_sgmv.py::test_shrink[tile_plus_one-float16]"
-SHRINK_LONG = "tests/ops/test_sgmv.py::test_shrink[k1001_n257-bfloat16]"
 EXPAND = "tests/ops/test_sgmv.py::test_expand[rank_100-float16]"
+SHRINK_LONG = "tests/ops/test_sgmv.py::test_shrink[three_parts-bfloat16]"
+SHRINK_TAIL = "tests/ops/test_sgmv.py::test_shrink[k200_n264-bfloat16]"
 EXPAND_IN_PLACE = "tests/ops/test_sgmv.py::test_expand[y_wide-float16]"
 ATTENTION = "tests/ops/test_attention.py::test_attention[mixed-float16]"
 NOT_CAUSAL = "tests/ops/test_attention.py::test_attention[not_causal-float16]"
@@ -55,29 +56,34 @@ def barrier(source: str, nth: int, test: str) -> Plant:
     return Plant(name, source, code, "__syncthreads() -> ", test, nth, "lifo")
 
 
-def wait(source: str, nth: int, test: str) -> Plant:
-    code = "cp_async_wait<1>();"
-    return Plant(
-        f"removed wait {nth} of {source}", source, code, "cp_async_wait<1>() -> ", test, nth
-    )
+def wait(source: str, nth: int, test: str, pending: str = "1") -> Plant:
+    wait = f"cp_async_wait<{pending}>()"
+    return Plant(f"removed wait {nth} of {source}", source, f"{wait};", f"{wait} -> ", test, nth)
 
 
 PLANTS = (
-    *(barrier("sgmv.cu", nth, SHRINK_LONG if nth < 3 else EXPAND) for nth in range(5)),
+    *(barrier("sgmv_shrink.cu", nth, SHRINK_LONG) for nth in range(3)),
+    *(barrier("sgmv_expand.cu", nth, EXPAND) for nth in (1, 3)),
     *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
-    wait("sgmv.cu", 0, SHRINK),
-    wait("sgmv.cu", 1, EXPAND),
+    wait("sgmv_shrink.cu", 0, SHRINK, "kStages - 1"),
+    wait("sgmv_expand.cu", 0, EXPAND, "kAhead - 1"),
     wait("attention.cu", 0, ATTENTION),
     wait("attention.cu", 1, ATTENTION),
     Plant(
         "shrink past its group",
-        "sgmv.cu",
-        "if (row + m >= tile.end ||",
-        ">= -> >",
+        "sgmv_shrink.cu",
+        "if (8 * m + own_row < num_rows && own_r < h_cols[i])",
+        "8 * m + own_row < num_rows && own_r < h_cols[i] -> own_r < h_cols[i]",
         SHRINK,
-        schedule="lifo",
     ),
-    Plant("expand past its group", "sgmv.cu", "if (m >= tile.end ||", ">= -> >", EXPAND_IN_PLACE),
+    Plant(
+        "expand past its group",
+        "sgmv_expand.cu",
+        "if (row < live_rows)",
+        "row < live_rows -> true",
+        EXPAND_IN_PLACE,
+        nth=1,
+    ),
     Plant(
         "attention past its sequence",
         "attention.cu",
@@ -114,16 +120,22 @@ PLANTS = (
     Plant("a NaN of the next slot", "attention.cu", "key < num_keys ?", "< -> <=", ATTENTION),
 )
 # Rows, columns and keys that are not there are zeros in shared memory; here they are whatever it held.
-PLANTS += tuple(
+PLANTS += (
     Plant(
-        f"a NaN of what is not there, {name}",
+        "a NaN of what is not there, shrink",
+        "common/sgmv.cuh",
+        "cp_async_16(to, from, count",
+        "count > 0 -> true",
+        SHRINK_TAIL,
+    ),
+    Plant(
+        "a NaN of what is not there, attention",
         "common/tile.cuh",
         "cp_async_16(tile.at(row, col)",
         "live -> true",
-        test,
+        ATTENTION,
         nth=1,
-    )
-    for name, test in (("shrink", SHRINK), ("attention", ATTENTION))
+    ),
 )
 
 

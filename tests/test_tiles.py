@@ -41,11 +41,21 @@ rotations = heads.flatmap(
     lambda dim: st.tuples(st.just(dim), st.integers(1, dim // 2).map(lambda pairs: 2 * pairs))
 )
 
+item_rows = st.builds(tiles.sgmv_item_rows, st.integers(1, 2**20), st.integers(1, 2**20))
+
 # Every size that an op lets through to its chooser.
 CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
-    "sgmv_shrink": st.builds(tiles.sgmv_shrink, dtypes, st.integers(1, 2**20), st.booleans()),
+    "sgmv_route_items": st.builds(tiles.sgmv_route_items),
+    "sgmv_route_rows": st.builds(tiles.sgmv_route_rows),
+    "sgmv_shrink": st.builds(
+        tiles.sgmv_shrink, dtypes, st.integers(1, 2**20), item_rows, st.booleans()
+    ),
     "sgmv_expand": st.builds(
-        lambda pair, aligned: tiles.sgmv_expand(*pair, aligned), deltas, st.booleans()
+        lambda pair, rank, rows, aligned: tiles.sgmv_expand(*pair, rank, rows, aligned),
+        deltas,
+        st.integers(1, 2**20),
+        item_rows,
+        st.booleans(),
     ),
     "rope_ragged": st.builds(
         lambda dtype, dims, order: tiles.rope_ragged(dtype, *dims, order),
@@ -79,13 +89,24 @@ def test_every_chooser_is_tested() -> None:
 
 def test_the_list_holds_nothing_else() -> None:
     """Every instance is chosen for some size, so that the gate compiles nothing in vain."""
-    ranks, dims = (1, 16, 17, 64, 256), range(8, 257, 8)
+    dims = range(8, 257, 8)
+    item_rows = {tiles.sgmv_item_rows(rows, 9) for rows in (1, 128, 129, 1023, 1024, 10**6)}
     chosen = {
-        *(tiles.sgmv_shrink(t, r, a) for t in STORAGE for r in ranks for a in (True, False)),
+        tiles.sgmv_route_items(),
+        tiles.sgmv_route_rows(),
         *(
-            tiles.sgmv_expand(t, out, a)
+            tiles.sgmv_shrink(t, blocks, m, a)
+            for t in STORAGE
+            for blocks in (1, 2, 3, 16)
+            for m in item_rows
+            for a in (True, False)
+        ),
+        *(
+            tiles.sgmv_expand(t, out, rank, m, a)
             for t in STORAGE
             for out in (t, STORAGE[0])
+            for rank in (1, 16, 17, 512)
+            for m in item_rows
             for a in (True, False)
         ),
         *(
@@ -109,8 +130,9 @@ def test_instances_are_unique() -> None:
 
 
 def test_name() -> None:
-    instance = tiles.sgmv_shrink(np.float16, 64, True)
-    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 64, true>"
+    instance = tiles.sgmv_shrink(np.float16, 2, 64, True)
+    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 2, 8, true>"
+    assert tiles.sgmv_route_items().name == "lorakit::sgmv_route_items_kernel"
 
 
 # ---- Limits of a block ---------------------------------------------------------------------------------
@@ -124,8 +146,11 @@ def test_limits(instance: tiles.Instance) -> None:
 
 
 def test_numbers_that_ops_read_from_a_name() -> None:
-    assert tiles.sgmv_shrink_block_r(tiles.sgmv_shrink(np.float32, 16, True)) == 16
-    assert tiles.sgmv_shrink_block_r(tiles.sgmv_shrink(np.float32, 17, True)) == 64
+    assert tiles.sgmv_shrink_rank_blocks(tiles.sgmv_shrink(np.float32, 9, 64, True)) == 1
+    assert tiles.sgmv_shrink_rank_blocks(tiles.sgmv_shrink(np.float16, 2, 64, True)) == 2
+    assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 64, True)) == 64
+    assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 16, True)) == 16
+    assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 64, False)) == 8
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 128, 128, True)) == 8
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 24, True)) == 4
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
@@ -145,7 +170,8 @@ class Recorder:
 
     def __call__(self, instance: tiles.Instance, grid: Sequence[int], args: Sequence[Any]) -> None:
         self.instances.append(instance)
-        self.launch(replace(instance, shared_bytes=instance.shared_bytes - 1), grid, args)
+        less = max(instance.shared_bytes - 1, 0)
+        self.launch(replace(instance, shared_bytes=less), grid, args)
 
 
 @pytest.mark.parametrize("instance", SHARED, ids=short)
@@ -162,7 +188,7 @@ def test_shared_bytes(
     monkeypatch.setattr(kernels.backend, "launch", recorder)
     with pytest.raises(EmulatorError) as caught:
         call(instance, kernels, rng)
-    assert recorder.instances == [instance]
+    assert recorder.instances[-1] == instance
     assert (
         f"the kernel takes {instance.shared_bytes} bytes of dynamic shared memory, "
         f"the launch gives {instance.shared_bytes - 1}"
@@ -172,19 +198,24 @@ def test_shared_bytes(
 def call(instance: tiles.Instance, kernels: KernelDevice, rng: np.random.Generator) -> None:
     """The smallest call of an op that launches the instance."""
     dtype = DTYPES[instance.params[0]]
-    batch = [np.zeros(1, np.int32), None, testing.row_offsets([3])]
+    batch: list[Any] = [np.zeros(1, np.int32), None, testing.row_offsets([3])]
 
     def array(*shape: int, of: Any = dtype) -> Any:
         return kernels.asarray(rng.standard_normal(shape).astype(of))
 
     if instance.kernel == "sgmv_shrink_kernel":
-        rank, in_dim = int(instance.params[1]), 64 if instance.params[2] == "true" else 63
-        ops.sgmv_shrink(array(3, in_dim), array(1, rank, in_dim), *batch)
+        rank, rows = 16 * int(instance.params[1]), {"1": 3, "2": 129}.get(instance.params[2], 1024)
+        in_dim = 64 if instance.params[3] == "true" else 63
+        batch[-1] = testing.row_offsets([rows])
+        ops.sgmv_shrink(array(rows, in_dim), array(1, rank, in_dim), *batch)
     elif instance.kernel == "sgmv_expand_kernel":
-        out_dim = 64 if instance.params[2] == "true" else 63
-        lora_b = array(1, 16, out_dim).transpose(0, 2, 1)
-        y = array(3, out_dim, of=DTYPES[instance.params[1]])
-        ops.sgmv_expand(array(3, 16, of=np.float32), lora_b, *batch, add_to=y)
+        rows = {"8": 3, "16": 129, "64": 1024}[instance.params[2]]
+        rank = 20 if instance.params[3] == "8" else 16
+        out_dim = 64 if instance.params[4] == "true" else 63
+        batch[-1] = testing.row_offsets([rows])
+        y = array(rows, out_dim, of=DTYPES[instance.params[1]])
+        b = array(1, rank, out_dim).transpose(0, 2, 1)
+        ops.sgmv_expand(array(rows, rank, of=np.float32), b, *batch, add_to=y)
     elif instance.kernel == "attention_ragged_kernel":
         head_dim = int(instance.params[1])
         cache = testing.paged_cache(

@@ -102,7 +102,7 @@ __device__ void mma(float (&d)[4], const FragmentA<T>& a, const FragmentB<T>& b)
   }
 }
 
-// ---- float32 as the left operand ----
+// ---- float32 as an operand ----
 
 // A float32 operand becomes the sum of two 16-bit terms, the second holding what rounding the first left
 // out: 16 bits of it survive in bfloat16, 22 in float16. float32 is its own single term.
@@ -111,31 +111,49 @@ constexpr int kTerms = sizeof(T) == 2 ? 2 : 1;
 
 template <typename T>
 __device__ unsigned pack(float low, float high) {
-  const Vector<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
+  const Vector<T, 2> pair = round_pair<T>(low, high);
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-// What rounding to T leaves out; nothing of a value that is not finite, inf - inf being NaN.
+// Two values as first terms and as second terms. What rounding leaves out of a value that is not finite is nothing,
+// inf - inf being NaN.
 template <typename T>
-__device__ float rest(float value) {
-  const float left = value - to_float(from_float<T>(value));
-  return fabsf(left) <= fabsf(value) ? left : 0.0f;
+__device__ void split_pair(unsigned& first, unsigned& second, float low, float high) {
+  first = pack<T>(low, high);
+  const auto rounded = *reinterpret_cast<const Vector<T, 2>*>(&first);
+  const float low_left = low - to_float(rounded.at[0]), high_left = high - to_float(rounded.at[1]);
+  second = pack<T>(fabsf(low_left) <= fabsf(low) ? low_left : 0.0f,
+                   fabsf(high_left) <= fabsf(high) ? high_left : 0.0f);
 }
 
 // Terms whose sum is A, given A's eight elements of this lane.
 template <typename T>
 __device__ void split(FragmentA<T> (&terms)[kTerms<T>], const float (&values)[8]) {
   if constexpr (sizeof(T) == 2) {
-    for (int i = 0; i < 4; ++i) {
-      terms[0].pairs[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-      terms[1].pairs[i] = pack<T>(rest<T>(values[2 * i]), rest<T>(values[2 * i + 1]));
-    }
+    for (int i = 0; i < 4; ++i)
+      split_pair<T>(terms[0].pairs[i], terms[1].pairs[i], values[2 * i], values[2 * i + 1]);
   } else {
     for (int i = 0; i < 8; ++i) terms[0].at[i] = values[i];
   }
 }
 
+// Terms whose sum is B, given B's four elements of this lane.
+template <typename T>
+__device__ void split(FragmentB<T> (&terms)[kTerms<T>], const float (&values)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    for (int i = 0; i < 2; ++i)
+      split_pair<T>(terms[0].pairs[i], terms[1].pairs[i], values[2 * i], values[2 * i + 1]);
+  } else {
+    for (int i = 0; i < 4; ++i) terms[0].at[i] = values[i];
+  }
+}
+
 // The small term first, so that it is not lost beside a large sum.
+template <typename T>
+__device__ void mma_split(float (&d)[4], const FragmentA<T>& a, const FragmentB<T> (&terms)[kTerms<T>]) {
+#pragma unroll
+  for (int i = kTerms<T> - 1; i >= 0; --i) mma(d, a, terms[i]);
+}
 template <typename T>
 __device__ void mma_split(float (&d)[4], const FragmentA<T> (&terms)[kTerms<T>], const FragmentB<T>& b) {
 #pragma unroll

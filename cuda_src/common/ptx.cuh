@@ -62,6 +62,22 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// PTX ISA, griddepcontrol.wait: wait until the kernels before this one have ended and their writes are seen. For a
+// kernel that was launched to start before they end; nothing otherwise, nor before sm_90.
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// PTX ISA, griddepcontrol.launch_dependents: when all blocks have come here or ended, the next kernel may start,
+// if it was launched so.
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 // PTX ISA, ex2.approx.ftz.f32: 2 ** x, at most 2 ulp off; 2 ** -inf is 0.
 __device__ inline float ex2(float x) {
   float y;

@@ -43,6 +43,22 @@ struct __align__(sizeof(T) * kCount) Vector {
   T at[kCount];
 };
 
+// Two at once, which is one instruction for 16-bit types.
+template <typename T>
+__device__ Vector<T, 2> round_pair(float first, float second) {
+  return {{from_float<T>(first), from_float<T>(second)}};
+}
+template <>
+__device__ inline Vector<__half, 2> round_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return {{pair.x, pair.y}};
+}
+template <>
+__device__ inline Vector<__nv_bfloat16, 2> round_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return {{pair.x, pair.y}};
+}
+
 template <typename T>
 constexpr bool is_half = false;
 template <>

@@ -93,7 +93,12 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
         return loras
 
     def set_lora_batch_info(
-        self, lora_ids: Array, lora_ranks: Array, lora_grouped_offsets: Array
+        self,
+        lora_ids: Array,
+        lora_ranks: Array,
+        lora_grouped_offsets: Array,
+        *,
+        route: ops.LoRARoute | None = None,
     ) -> None:
         """`LinearLoRA.set_lora_batch_info` on all four projections; host arrays are copied once.
 
@@ -112,6 +117,7 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
             lora_grouped_offsets,
             self.devices[0],
             min(lora.max_num_loras for lora in loras),
+            route,
         )
         for lora in loras:
             lora.batch_info = info
@@ -155,6 +161,7 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
             step.layer_idx,
             slot_ranks=tuple(lora.slot_ranks for lora in loras),
             bias=None if all(bias is None for bias in biases) else biases,
+            route=info.route,
         )
 
     def _check_adapters(self, step: AttentionStep) -> None:
@@ -176,8 +183,19 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
 
     def _add_adapters(self, step: AttentionStep, qkv: Array) -> None:
         if (info := self._qkv_info()) is not None:
-            for lora, columns in zip(self.qkv_loras, self._columns, strict=True):
-                lora.add_delta(step.x, qkv[:, columns], info)
+            loras = self.qkv_loras
+            ops.sgmv_lora_slices(
+                step.x,
+                [lora.lora_A for lora in loras],
+                [lora.lora_B for lora in loras],
+                info.lora_ids,
+                info.lora_ranks,
+                info.lora_grouped_offsets,
+                slot_ranks=[lora.slot_ranks for lora in loras],
+                bias=[lora.lora_bias for lora in loras],
+                add_to=[qkv[:, columns] for columns in self._columns],
+                route=info.route,
+            )
 
     def _qkv_info(self) -> BatchInfo | None:
         """The batch info that counts for q, k, v; None when none of them has any."""

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorakit import checks
-from lorakit.nn.arrays import Array, as_metadata
+from lorakit.nn.arrays import Array, as_any_array, as_metadata
 from lorakit.nn.device import DeviceRef
+from lorakit.ops.sgmv_route import LoRARoute, check_route_arrays
 
 
 class BatchInfo(NamedTuple):
@@ -19,12 +20,14 @@ class BatchInfo(NamedTuple):
         lora_ranks: ``[groups]`` uint32 or int32, or None: no bound.
         lora_grouped_offsets: ``[groups + 1]`` uint32 or int32.
         host_offsets: The offsets as the host saw them, or None when they came from the device.
+        route: What `ops.sgmv_route` made from the three arrays, or None.
     """
 
     lora_ids: Array
     lora_ranks: Array | None
     lora_grouped_offsets: Array
     host_offsets: np.ndarray[Any, Any] | None
+    route: LoRARoute | None = None
 
     @classmethod
     def checked(
@@ -34,6 +37,7 @@ class BatchInfo(NamedTuple):
         lora_grouped_offsets: Array,
         device: DeviceRef,
         max_num_loras: int,
+        route: LoRARoute | None = None,
     ) -> BatchInfo | None:
         """The info for these arguments, or None for three Nones.
 
@@ -60,7 +64,18 @@ class BatchInfo(NamedTuple):
         if host_offsets is not None:  # how many rows there are is known at the call
             last = int(host_offsets[-1])
             checks.check_offsets("lora_grouped_offsets", host_offsets, last, exact=True)
-        return cls(ids, ranks, offsets, host_offsets)
+        if route is None:
+            return cls(ids, ranks, offsets, host_offsets)
+        given = {
+            "lora_ids": lora_ids,
+            "lora_ranks": lora_ranks,
+            "lora_grouped_offsets": lora_grouped_offsets,
+        }
+        ids, ranks, offsets = (
+            None if array is None else as_any_array(array, name) for name, array in given.items()
+        )
+        check_route_arrays(route, (ids, ranks, offsets))
+        return cls(ids, ranks, offsets, host_offsets, route)
 
     def check_rows(self, rows: int) -> None:
         """`ValueError` if the groups end past the last row, as far as the host knows."""

@@ -107,7 +107,12 @@ class LinearLoRA(Linear, SupportsLoRA):
     # ---- Calls ----------------------------------------------------------------------------------
 
     def set_lora_batch_info(
-        self, lora_ids: Array, lora_ranks: Array, lora_grouped_offsets: Array
+        self,
+        lora_ids: Array,
+        lora_ranks: Array,
+        lora_grouped_offsets: Array,
+        *,
+        route: ops.LoRARoute | None = None,
     ) -> None:
         """Say which adapter each group of rows uses from now on; three Nones: none any more.
 
@@ -120,14 +125,17 @@ class LinearLoRA(Linear, SupportsLoRA):
             lora_grouped_offsets: ``[groups + 1]`` uint32 or int32. Group ``g`` has the rows from
                 ``[g]`` up to ``[g + 1]``; rows after the last offset are base rows. With one id per
                 sequence this is ``input_row_offsets``.
+            route: What `lorakit.ops.sgmv_route` made from these very arrays, for all layers of a step.
+                None: each call finds the rows of each adapter again.
 
         Raises:
-            ValueError: Wrong lengths; on the host also an id at or above ``max_num_loras``, a
-                negative rank, offsets that do not start at 0 or that decrease. The old info stays.
+            ValueError: Wrong lengths, a route of other arrays; on the host also an id at or above
+                ``max_num_loras``, a negative rank, offsets that do not start at 0 or that decrease. The
+                old info stays.
             TypeError: No array, another dtype, or another device.
         """
         self.batch_info = BatchInfo.checked(
-            lora_ids, lora_ranks, lora_grouped_offsets, self.device, self.max_num_loras
+            lora_ids, lora_ranks, lora_grouped_offsets, self.device, self.max_num_loras, route
         )
 
     def apply_lora(self, x: Array) -> Array:
@@ -173,6 +181,7 @@ class LinearLoRA(Linear, SupportsLoRA):
             slot_ranks=self.slot_ranks,
             bias=self.lora_bias,
             add_to=y,
+            route=info.route,
         )
 
     @property

@@ -8,16 +8,26 @@ from lorakit.ops.attention import attention_ragged
 from lorakit.ops.kv_cache import add_kv, store_kv
 from lorakit.ops.linear import linear
 from lorakit.ops.rope import rope_ragged
-from lorakit.ops.sgmv import sgmv_expand, sgmv_lora, sgmv_qkv_lora, sgmv_shrink
+from lorakit.ops.sgmv import (
+    sgmv_expand,
+    sgmv_lora,
+    sgmv_lora_slices,
+    sgmv_qkv_lora,
+    sgmv_shrink,
+)
+from lorakit.ops.sgmv_route import LoRARoute, sgmv_route
 
 __all__ = [
+    "LoRARoute",
     "add_kv",
     "attention_ragged",
     "linear",
     "rope_ragged",
     "sgmv_expand",
     "sgmv_lora",
+    "sgmv_lora_slices",
     "sgmv_qkv_lora",
+    "sgmv_route",
     "sgmv_shrink",
     "store_kv",
 ]

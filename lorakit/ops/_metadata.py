@@ -11,15 +11,15 @@ from lorakit.jit import Backend
 
 
 def check_segments(
+    x: Any,
     lora_ids: Any,
     lora_ranks: Any,
     lora_grouped_offsets: Any,
-    slot_ranks: Any,
     *,
-    rows: int,
     max_num_loras: int,
+    slot_ranks: Any = None,
 ) -> None:
-    """Shapes and dtypes of the LoRA batch info, and values of what lives on the host."""
+    """Shapes, dtypes and place of the LoRA batch info of x's rows, and values of what is on the host."""
     arrays = {"lora_ids": (lora_ids, "groups")}
     if lora_ranks is not None:
         arrays["lora_ranks"] = (lora_ranks, "groups")
@@ -29,7 +29,7 @@ def check_segments(
     checks.check_dtype(checks.OFFSET_DTYPES, lora_grouped_offsets=lora_grouped_offsets)
     checks.check_vectors(lora_ids=lora_ids, lora_grouped_offsets=lora_grouped_offsets)
     checks.check_ids(lora_ids, max_num_loras)
-    checks.check_offsets("lora_grouped_offsets", lora_grouped_offsets, rows, exact=False)
+    checks.check_offsets("lora_grouped_offsets", lora_grouped_offsets, x.shape[0], exact=False)
     if lora_ranks is not None:
         checks.check_dtype(checks.OFFSET_DTYPES, lora_ranks=lora_ranks)
         checks.check_vectors(lora_ranks=lora_ranks)
@@ -39,6 +39,13 @@ def check_segments(
         checks.check_dtype((np.int32,), slot_ranks=slot_ranks)
         checks.check_vectors(slot_ranks=slot_ranks)
         checks.check_ranks("slot_ranks", slot_ranks)
+    check_metadata_place(
+        x,
+        lora_ids=lora_ids,
+        lora_ranks=lora_ranks,
+        lora_grouped_offsets=lora_grouped_offsets,
+        slot_ranks=slot_ranks,
+    )
 
 
 def check_cache(

@@ -1,16 +1,19 @@
-"""Segmented LoRA products: shrink, expand, both, and both for queries, keys and values."""
+"""Segmented LoRA products: shrink, expand, both, for several outputs of one input, and for q, k and v."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lorakit import checks, jit, reference, tiles
+from lorakit import checks, jit, reference
 from lorakit.dtypes import STORAGE
-from lorakit.ops._metadata import check_cache, check_metadata_place, check_segments, signed
+from lorakit.ops import _sgmv_launch
+from lorakit.ops._metadata import check_cache, check_segments
 from lorakit.ops.kv_cache import add_kv
+from lorakit.ops.sgmv_route import LoRARoute, Segments, check_route, make_route
 
 
 def sgmv_shrink(
@@ -21,6 +24,7 @@ def sgmv_shrink(
     lora_grouped_offsets: Any,
     *,
     slot_ranks: Any = None,
+    route: LoRARoute | None = None,
 ) -> Any:
     """Multiply each row with its adapter's A, down to the rank.
 
@@ -34,6 +38,7 @@ def sgmv_shrink(
         lora_ranks: ``[groups]`` uint32 or int32 upper bounds of the rank, or None.
         lora_grouped_offsets: ``[groups + 1]`` uint32 or int32 row offsets; rows past the last are base rows.
         slot_ranks: ``[max_num_loras]`` int32 true ranks, or None for full rank.
+        route: What `sgmv_route` made from these rows and groups, or None: it is made here.
 
     Returns:
         ``[total_tokens, max_lora_rank]`` float32.
@@ -41,16 +46,17 @@ def sgmv_shrink(
     Raises:
         ValueError, TypeError: Naming the argument.
     """
-    segments = (lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks)
-    _check_shrink(x, lora_a, segments)
+    segments = (lora_ids, lora_ranks, lora_grouped_offsets)
+    _check_shrink(x, lora_a, segments, slot_ranks)
+    check_route(route, x, segments, lora_a.shape[0])
     backend = jit.backend_of(x)
     if backend is None:
-        return reference.sgmv_shrink(
-            x, lora_a, lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks=slot_ranks
-        )
-    h = backend.zeros((x.shape[0], lora_a.shape[1]), np.float32)
-    _shrink_into(backend, h, x, lora_a, segments)
-    return h
+        return reference.sgmv_shrink(x, lora_a, *segments, slot_ranks=slot_ranks)
+    h = backend.zeros((_sgmv_launch.parts(x), x.shape[0], lora_a.shape[1]), np.float32)
+    route = route or make_route(x, segments, lora_a.shape[0])
+    if route.items is not None:
+        _sgmv_launch.shrink(backend, h, x, [lora_a], [slot_ranks], route, whole=True)
+    return h[0]
 
 
 def sgmv_expand(
@@ -63,6 +69,7 @@ def sgmv_expand(
     slot_ranks: Any = None,
     bias: Any = None,
     add_to: Any = None,
+    route: LoRARoute | None = None,
 ) -> Any:
     """Multiply each row with its adapter's B, from the rank up, and add.
 
@@ -73,7 +80,7 @@ def sgmv_expand(
         h: ``[total_tokens, max_lora_rank]`` float32.
         lora_b: ``[max_num_loras, out_dim, max_lora_rank]``, any strides; fastest where neighbouring
             outputs are neighbours in memory.
-        lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks: As in `sgmv_shrink`.
+        lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks, route: As in `sgmv_shrink`.
         bias: ``[max_num_loras, out_dim]`` in B's dtype, or None.
         add_to: ``[total_tokens, out_dim]`` in B's dtype or float32, rows may lie apart: added to in
             place, base rows untouched. None: zeros in B's dtype.
@@ -84,27 +91,24 @@ def sgmv_expand(
     Raises:
         ValueError, TypeError: Naming the argument; nothing was written.
     """
-    segments = (lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks)
+    segments = (lora_ids, lora_ranks, lora_grouped_offsets)
     checks.check_shapes(
         h=(h, "total_tokens max_lora_rank"), lora_b=(lora_b, "max_num_loras out_dim max_lora_rank")
     )
     checks.check_dtype((np.float32,), h=h)
     checks.check_vectors(h=h)
-    _check_expand("h", h, lora_b, segments, bias, add_to)
+    _check_expand("h", h, lora_b, segments, slot_ranks, bias, add_to)
+    check_route(route, h, segments, lora_b.shape[0])
     backend = jit.backend_of(h)
     if backend is None:
         return reference.sgmv_expand(
-            h,
-            lora_b,
-            lora_ids,
-            lora_ranks,
-            lora_grouped_offsets,
-            slot_ranks=slot_ranks,
-            bias=bias,
-            add_to=add_to,
+            h, lora_b, *segments, slot_ranks=slot_ranks, bias=bias, add_to=add_to
         )
     y = backend.zeros((h.shape[0], lora_b.shape[1]), lora_b.dtype) if add_to is None else add_to
-    _expand_into(backend, y, h, lora_b, segments, bias)
+    route = route or make_route(h, segments, lora_b.shape[0])
+    if route.items is not None:
+        slices = [(y, 0, lora_b, slot_ranks, bias)]
+        _sgmv_launch.expand(backend, h[None], slices, route, after_shrink=False)
     return y
 
 
@@ -119,6 +123,7 @@ def sgmv_lora(
     slot_ranks: Any = None,
     bias: Any = None,
     add_to: Any = None,
+    route: LoRARoute | None = None,
 ) -> Any:
     """Each row's LoRA delta, `sgmv_shrink` then `sgmv_expand` (MAX ``sgmv_lora_kernel``; Punica's SGMV).
 
@@ -126,35 +131,82 @@ def sgmv_lora(
 
     Args and errors are those of the two ops; `add_to` and the result as in `sgmv_expand`.
     """
-    segments = (lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks)
-    checks.check_shapes(
-        x=(x, "total_tokens in_dim"),
-        lora_a=(lora_a, "max_num_loras max_lora_rank in_dim"),
-        lora_b=(lora_b, "max_num_loras out_dim max_lora_rank"),
+    (y,) = sgmv_lora_slices(
+        x,
+        (lora_a,),
+        (lora_b,),
+        lora_ids,
+        lora_ranks,
+        lora_grouped_offsets,
+        slot_ranks=(slot_ranks,),
+        bias=(bias,),
+        add_to=None if add_to is None else (add_to,),
+        route=route,
     )
-    checks.check_dtype((x.dtype,), lora_b=lora_b)
-    _check_shrink(x, lora_a, segments)
-    _check_expand("x", x, lora_b, segments, bias, add_to)
+    return y
+
+
+def sgmv_lora_slices(
+    x: Any,
+    lora_a: Sequence[Any],
+    lora_b: Sequence[Any],
+    lora_ids: Any,
+    lora_ranks: Any,
+    lora_grouped_offsets: Any,
+    *,
+    slot_ranks: Sequence[Any] | None = None,
+    bias: Sequence[Any] | None = None,
+    add_to: Sequence[Any] | None = None,
+    route: LoRARoute | None = None,
+) -> tuple[Any, ...]:
+    """`sgmv_lora` for several outputs of one input, such as gate and up: x is read once.
+
+    Three slices share a launch. Each has its own A, B, rank and width, and the same bits as by itself.
+
+    Args:
+        x: ``[total_tokens, in_dim]``.
+        lora_a: An array ``[max_num_loras, max_lora_rank, in_dim]`` for each slice; the fewest slots
+            count for all.
+        lora_b: An array ``[max_num_loras, out_dim, max_lora_rank]`` for each slice.
+        lora_ids, lora_ranks, lora_grouped_offsets, route: As in `sgmv_shrink`.
+        slot_ranks, bias: An array or None for each slice, as in `sgmv_expand`; or None.
+        add_to: An array for each slice, as in `sgmv_expand`, all of one dtype and none over another;
+            or None.
+
+    Returns:
+        The result of each slice, ``[total_tokens, out_dim]``.
+
+    Raises:
+        ValueError, TypeError: Naming the argument; nothing was written.
+    """
+    count = len(lora_a)
+    if not count:
+        raise ValueError("lora_a must have at least one array, got none")
+    slot_ranks, bias = ((None,) * count if given is None else given for given in (slot_ranks, bias))
+    _check_counts(f"{count} arrays", count, lora_b=lora_b, slot_ranks=slot_ranks, bias=bias)
+    targets = () if add_to is None else add_to
+    if add_to is not None:
+        _check_counts(f"{count} arrays", count, add_to=add_to)
+        for y in add_to:
+            checks.check_shapes(add_to=(y, "total_tokens out_dim"))
+    segments = (lora_ids, lora_ranks, lora_grouped_offsets)
+    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        _check_lora(x, a, b, segments, slot_ranks[i], bias[i], targets[i] if targets else None)
+    slots = min(a.shape[0] for a in lora_a)
+    check_route(route, x, segments, slots)
+    for one, other in itertools.combinations(targets, 2):
+        checks.check_dtype((one.dtype,), add_to=other)
+        checks.check_disjoint("add_to", one, other)
     backend = jit.backend_of(x)
     if backend is None:
-        return reference.sgmv_lora(
-            x,
-            lora_a,
-            lora_b,
-            lora_ids,
-            lora_ranks,
-            lora_grouped_offsets,
-            slot_ranks=slot_ranks,
-            bias=bias,
-            add_to=add_to,
+        return reference.sgmv_lora_slices(
+            x, lora_a, lora_b, *segments, slot_ranks=slot_ranks, bias=bias, add_to=add_to
         )
-    y = backend.zeros((x.shape[0], lora_b.shape[1]), x.dtype) if add_to is None else add_to
-    h = backend.empty(
-        (x.shape[0], lora_a.shape[1]), np.float32
-    )  # expand reads only what shrink writes
-    _shrink_into(backend, h, x, lora_a, segments)
-    _expand_into(backend, y, h, lora_b, segments, bias)
-    return y
+    results = tuple(targets or (backend.zeros((x.shape[0], b.shape[1]), x.dtype) for b in lora_b))
+    route = route or make_route(x, segments, slots)
+    if route.items is not None:
+        _sgmv_launch.lora(backend, x, lora_a, lora_b, slot_ranks, bias, results, route)
+    return results
 
 
 def sgmv_qkv_lora(
@@ -170,6 +222,7 @@ def sgmv_qkv_lora(
     *,
     slot_ranks: Sequence[Any] | None = None,
     bias: Sequence[Any] | None = None,
+    route: LoRARoute | None = None,
 ) -> Any:
     """The query delta; key and value deltas are added in place into the cache (MAX ``sgmv_qkv_lora_kernel``).
 
@@ -181,7 +234,7 @@ def sgmv_qkv_lora(
         lora_a: Three arrays (q, k, v), each ``[max_num_loras, max_lora_rank, in_dim]``.
         lora_b: Three arrays ``[max_num_loras, out_dim, max_lora_rank]``; for keys and values out_dim is
             ``n_kv_heads * head_dim``.
-        lora_ids, lora_ranks, lora_grouped_offsets: As in `sgmv_shrink`.
+        lora_ids, lora_ranks, lora_grouped_offsets, route: As in `sgmv_shrink`.
         input_row_offsets: ``[batch_size + 1]``, the rows of each sequence.
         kv_collection: The paged cache.
         layer_idx: The layer of the cache.
@@ -195,14 +248,8 @@ def sgmv_qkv_lora(
     """
     slot_ranks = (None, None, None) if slot_ranks is None else slot_ranks
     bias = (None, None, None) if bias is None else bias
-    for name, triple in (
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("slot_ranks", slot_ranks),
-        ("bias", bias),
-    ):
-        if len(triple) != 3:
-            raise ValueError(f"{name} must have three arrays (q, k, v), got {len(triple)}")
+    _check_counts("three arrays (q, k, v)", 3, lora_a=lora_a, lora_b=lora_b)
+    _check_counts("three arrays (q, k, v)", 3, slot_ranks=slot_ranks, bias=bias)
     checks.check_shapes(x=(x, "total_tokens in_dim"))
     rows = x.shape[0]
     sizes = check_cache(kv_collection, input_row_offsets, layer_idx, rows=rows)
@@ -210,32 +257,23 @@ def sgmv_qkv_lora(
     checks.check_same_place(x=x, blocks=blocks)
     checks.check_dtype((x.dtype,), blocks=blocks)
     kv_shape = (rows, sizes["n_kv_heads"], sizes["head_dim"])
-    for part, a, b, part_ranks, part_bias in zip(
-        "qkv", lora_a, lora_b, slot_ranks, bias, strict=True
-    ):
-        segments = (lora_ids, lora_ranks, lora_grouped_offsets, part_ranks)
-        checks.check_shapes(
-            x=(x, "total_tokens in_dim"),
-            lora_a=(a, "max_num_loras max_lora_rank in_dim"),
-            lora_b=(b, "max_num_loras out_dim max_lora_rank"),
-        )
-        checks.check_dtype((x.dtype,), lora_b=b)
-        _check_shrink(x, a, segments)
-        _check_expand("x", x, b, segments, part_bias, None)
+    segments = (lora_ids, lora_ranks, lora_grouped_offsets)
+    for i, (part, a, b) in enumerate(zip("qkv", lora_a, lora_b, strict=True)):
+        _check_lora(x, a, b, segments, slot_ranks[i], bias[i], None)
         if part != "q" and b.shape[1] != kv_shape[1] * kv_shape[2]:
             raise ValueError(
                 f"lora_b of {part} must have n_kv_heads * head_dim = {kv_shape[1] * kv_shape[2]} outputs, "
                 f"got {b.shape[1]}"
             )
+    slots = min(a.shape[0] for a in lora_a)
+    check_route(route, x, segments, slots)
     backend = jit.backend_of(x)
     if backend is None:
         return reference.sgmv_qkv_lora(
             x,
             lora_a,
             lora_b,
-            lora_ids,
-            lora_ranks,
-            lora_grouped_offsets,
+            *segments,
             input_row_offsets,
             kv_collection,
             layer_idx,
@@ -248,13 +286,9 @@ def sgmv_qkv_lora(
         _negative_zeros(backend, (rows, lora_b[1].shape[1])),
         _negative_zeros(backend, (rows, lora_b[2].shape[1])),
     ]
-    for delta, a, b, part_ranks, part_bias in zip(
-        deltas, lora_a, lora_b, slot_ranks, bias, strict=True
-    ):
-        segments = (lora_ids, lora_ranks, lora_grouped_offsets, part_ranks)
-        h = backend.empty((rows, a.shape[1]), np.float32)
-        _shrink_into(backend, h, x, a, segments)
-        _expand_into(backend, delta, h, b, segments, part_bias)
+    route = route or make_route(x, segments, slots)
+    if route.items is not None:
+        _sgmv_launch.lora(backend, x, lora_a, lora_b, slot_ranks, bias, deltas, route)
     add_kv(
         deltas[1].reshape(kv_shape),
         deltas[2].reshape(kv_shape),
@@ -273,10 +307,26 @@ def _negative_zeros(backend: jit.Backend, shape: tuple[int, int]) -> Any:
     return backend.full(shape, np.uint32, 0x8000_0000).view(np.float32)
 
 
-Segments = tuple[Any, Any, Any, Any]  # lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks
+def _check_counts(wanted: str, count: int, **sequences: Sequence[Any]) -> None:
+    for name, sequence in sequences.items():
+        if len(sequence) != count:
+            raise ValueError(f"{name} must have {wanted}, got {len(sequence)}")
 
 
-def _check_shrink(x: Any, lora_a: Any, segments: Segments) -> None:
+def _check_lora(
+    x: Any, lora_a: Any, lora_b: Any, segments: Segments, slot_ranks: Any, bias: Any, add_to: Any
+) -> None:
+    checks.check_shapes(
+        x=(x, "total_tokens in_dim"),
+        lora_a=(lora_a, "max_num_loras max_lora_rank in_dim"),
+        lora_b=(lora_b, "max_num_loras out_dim max_lora_rank"),
+    )
+    checks.check_dtype((x.dtype,), lora_b=lora_b)
+    _check_shrink(x, lora_a, segments, slot_ranks)
+    _check_expand("x", x, lora_b, segments, slot_ranks, bias, add_to)
+
+
+def _check_shrink(x: Any, lora_a: Any, segments: Segments, slot_ranks: Any) -> None:
     sizes = checks.check_shapes(
         x=(x, "total_tokens in_dim"), lora_a=(lora_a, "max_num_loras max_lora_rank in_dim")
     )
@@ -286,11 +336,17 @@ def _check_shrink(x: Any, lora_a: Any, segments: Segments) -> None:
     checks.check_dtype((x.dtype,), lora_a=lora_a)
     checks.check_same_place(x=x, lora_a=lora_a)
     checks.check_vectors(x=x)
-    _check_segments(x, segments, sizes["max_num_loras"])
+    check_segments(x, *segments, max_num_loras=sizes["max_num_loras"], slot_ranks=slot_ranks)
 
 
 def _check_expand(
-    name: str, rows_of: Any, lora_b: Any, segments: Segments, bias: Any, add_to: Any
+    name: str,
+    rows_of: Any,
+    lora_b: Any,
+    segments: Segments,
+    slot_ranks: Any,
+    bias: Any,
+    add_to: Any,
 ) -> None:
     rows, (max_num_loras, out_dim, _) = rows_of.shape[0], lora_b.shape
     checks.check_dtype(STORAGE, lora_b=lora_b)
@@ -305,102 +361,4 @@ def _check_expand(
         checks.check_dtype((lora_b.dtype, np.float32), add_to=add_to)
         checks.check_same_place(lora_b=lora_b, add_to=add_to)
         checks.check_rows_apart(add_to=add_to)
-    _check_segments(rows_of, segments, max_num_loras)
-
-
-def _check_segments(rows_of: Any, segments: Segments, max_num_loras: int) -> None:
-    lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks = segments
-    check_segments(
-        lora_ids,
-        lora_ranks,
-        lora_grouped_offsets,
-        slot_ranks,
-        rows=rows_of.shape[0],
-        max_num_loras=max_num_loras,
-    )
-    check_metadata_place(
-        rows_of,
-        lora_ids=lora_ids,
-        lora_ranks=lora_ranks,
-        lora_grouped_offsets=lora_grouped_offsets,
-        slot_ranks=slot_ranks,
-    )
-
-
-def _shrink_into(backend: jit.Backend, h: Any, x: Any, lora_a: Any, segments: Segments) -> None:
-    lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks = segments
-    max_num_loras, max_lora_rank, in_dim = lora_a.shape
-    groups = lora_ids.shape[0]
-    if h.size == 0 or groups == 0 or max_num_loras == 0:
-        return
-
-    vector = 16 // x.dtype.itemsize
-    strides = [stride // x.dtype.itemsize for stride in lora_a.strides]
-    aligned = in_dim % vector == 0 and strides[2] == 1 and checks.is_aligned(x, lora_a)
-    tile = tiles.sgmv_shrink(x.dtype, max_lora_rank, aligned)
-    backend.launch(
-        tile,
-        (
-            x.shape[0] // tiles.SGMV_BLOCK_M + groups + 1,
-            -(-max_lora_rank // tiles.sgmv_shrink_block_r(tile)),
-        ),
-        [
-            x,
-            lora_a,
-            signed(backend, lora_ids),
-            signed(backend, lora_ranks),
-            signed(backend, lora_grouped_offsets),
-            signed(backend, slot_ranks),
-            h,
-            backend.error_word(),
-            x.shape[0],
-            groups,
-            in_dim,
-            max_num_loras,
-            max_lora_rank,
-            *map(np.int64, strides),
-        ],
-    )
-
-
-def _expand_into(
-    backend: jit.Backend, y: Any, h: Any, lora_b: Any, segments: Segments, bias: Any
-) -> None:
-    lora_ids, lora_ranks, lora_grouped_offsets, slot_ranks = segments
-    max_num_loras, out_dim, max_lora_rank = lora_b.shape
-    groups = lora_ids.shape[0]
-    if y.size == 0 or groups == 0 or max_num_loras == 0:
-        return
-
-    vector = 16 // lora_b.dtype.itemsize
-    strides = [stride // lora_b.dtype.itemsize for stride in lora_b.strides]
-    rank_major = lora_b.transpose(0, 2, 1)
-    aligned = out_dim % vector == 0 and strides[1] == 1 and checks.is_aligned(y, rank_major)
-    tile = tiles.sgmv_expand(lora_b.dtype, y.dtype, aligned)
-    backend.launch(
-        tile,
-        (
-            h.shape[0] // tiles.SGMV_BLOCK_M + groups + 1,
-            -(-out_dim // tiles.SGMV_EXPAND_BLOCK_N),
-        ),
-        [
-            h,
-            lora_b,
-            bias,
-            signed(backend, lora_ids),
-            signed(backend, lora_ranks),
-            signed(backend, lora_grouped_offsets),
-            signed(backend, slot_ranks),
-            y,
-            backend.error_word(),
-            h.shape[0],
-            groups,
-            out_dim,
-            max_num_loras,
-            max_lora_rank,
-            np.int64(strides[0]),
-            np.int64(strides[2]),
-            np.int64(strides[1]),
-            np.int64(y.strides[0] // y.dtype.itemsize),
-        ],
-    )
+    check_segments(rows_of, *segments, max_num_loras=max_num_loras, slot_ranks=slot_ranks)

@@ -14,7 +14,13 @@ from lorakit.reference.attention import attention_ragged
 from lorakit.reference.kv_cache import KVCache, add_kv, store_kv
 from lorakit.reference.linear import linear
 from lorakit.reference.rope import rope_ragged
-from lorakit.reference.sgmv import sgmv_expand, sgmv_lora, sgmv_qkv_lora, sgmv_shrink
+from lorakit.reference.sgmv import (
+    sgmv_expand,
+    sgmv_lora,
+    sgmv_lora_slices,
+    sgmv_qkv_lora,
+    sgmv_shrink,
+)
 
 __all__ = [
     "KVCache",
@@ -24,6 +30,7 @@ __all__ = [
     "rope_ragged",
     "sgmv_expand",
     "sgmv_lora",
+    "sgmv_lora_slices",
     "sgmv_qkv_lora",
     "sgmv_shrink",
     "store_kv",

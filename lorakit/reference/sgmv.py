@@ -124,6 +124,35 @@ def sgmv_lora(
     return sgmv_expand(h, lora_b, *groups, slot_ranks=slot_ranks, bias=bias, add_to=add_to)
 
 
+def sgmv_lora_slices(
+    x: NDArray[Any],
+    lora_a: Sequence[NDArray[Any]],
+    lora_b: Sequence[NDArray[Any]],
+    lora_ids: NDArray[Any],
+    lora_ranks: NDArray[Any] | None,
+    lora_grouped_offsets: NDArray[Any],
+    *,
+    slot_ranks: Sequence[NDArray[Any] | None] | None = None,
+    bias: Sequence[NDArray[Any] | None] | None = None,
+    add_to: Sequence[NDArray[Any]] | None = None,
+) -> tuple[NDArray[Any], ...]:
+    """:func:`sgmv_lora` of each slice: ``lora_a[i]``, ``lora_b[i]``, ``slot_ranks[i]`` and so on."""
+    return tuple(
+        sgmv_lora(
+            x,
+            a,
+            b,
+            lora_ids,
+            lora_ranks,
+            lora_grouped_offsets,
+            slot_ranks=None if slot_ranks is None else slot_ranks[i],
+            bias=None if bias is None else bias[i],
+            add_to=None if add_to is None else add_to[i],
+        )
+        for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True))
+    )
+
+
 def sgmv_qkv_lora(
     x: NDArray[Any],
     lora_a: Sequence[NDArray[Any]],

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
+from lorakit import jit
 from tests.emulator import build, sanitizers
 from tests.emulator.build import EmulatorError
 
@@ -115,6 +116,8 @@ class Emulator:
         self._error_word: EmulatedArray | None = None
         self._one_at_a_time = threading.Lock()  # the runtime's state is global
 
+    multiprocessors = 2  # few, so that grids that go by it have work for more than one turn
+
     # ---- Arrays
 
     def empty(self, shape: int | Sequence[int], dtype: DTypeLike) -> EmulatedArray:
@@ -186,7 +189,7 @@ class Emulator:
             instance: What to run: its ``threads`` are the block.
             grid: Blocks along x, y, z; missing ones are 1.
             args: `EmulatedArray` for a pointer, a NumPy scalar, an int for int32, a float
-                for float32, None for a null pointer.
+                for float32, None for a null pointer, `jit.Struct` for a struct.
 
         Raises:
             EmulatorError: The kernel does not compile, or a GPU would not run it to a defined end.
@@ -277,6 +280,11 @@ def _argument(kernel: str, index: int, code: str, value: Any) -> np.ndarray[Any,
         value = np.uintp(0)
     elif type(value) in (bool, int, float):  # as lorakit.jit passes them to a GPU
         value = {bool: np.bool_, int: np.int32, float: np.float32}[type(value)](value)
+    if isinstance(value, jit.Struct):
+        packed = value.packed(lambda array: int(array.ctypes.data) if array.size else 0)
+        if code != f"struct{packed.itemsize}":
+            raise TypeError(f"{wanted}, got a struct of {packed.itemsize} bytes")
+        return packed
     if code.startswith("*"):
         if isinstance(value, np.uintp) and value == 0:
             return np.zeros(1, np.uintp)
@@ -298,7 +306,12 @@ def _fits(code: str, dtype: np.dtype[Any]) -> bool:
 
 def _damage(kernel: str, args: Sequence[Any]) -> str:
     """A message about the first array whose surroundings a kernel wrote to, or an empty string."""
-    for index, value in enumerate(args):
+    flat = [
+        (i, v)
+        for i, arg in enumerate(args)
+        for v in (arg if isinstance(arg, jit.Struct) else (arg,))
+    ]
+    for index, value in flat:
         while isinstance(value, np.ndarray):
             if isinstance(value, _Allocation):
                 damage = value.damage()

@@ -20,8 +20,8 @@ from tests.mutants.sites import KINDS, Mutant, all_mutants
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--class", dest="kinds", action="append", choices=KINDS, help="only these")
-    parser.add_argument("--source", action="append", help="only these files, such as sgmv.cu")
-    parser.add_argument("--site", action="append", help="only these, such as sgmv.cu:108:5")
+    parser.add_argument("--source", action="append", help="only these files, such as rope.cu")
+    parser.add_argument("--site", action="append", help="only these, such as rope.cu:108:5")
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
     parser.add_argument("--tests", nargs="+", help="run these tests only, in order")

@@ -44,26 +44,9 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     # ---- sgmv.cu
     Equivalent(
         "sgmv.cu",
-        "if (adapter.slot < 0 || first_rank >= adapter.rank) return;",
-        (
-            ">= -> >",
-            "adapter.slot < 0 || first_rank >= adapter.rank -> false",
-            "adapter.slot < 0 || first_rank >= adapter.rank -> first_rank >= adapter.rank",
-            "adapter.slot < 0 || first_rank >= adapter.rank -> adapter.slot < 0",
-        ),
-        _WORK + " A base row has rank 0.",
-    ),
-    Equivalent(
-        "sgmv.cu",
         "if (largest == 0.0f || largest == infinity()) return 1.0f;",
         ("largest == 0.0f || largest == infinity() -> largest == infinity()",),
         "A row of zeros stays what it is times any power of two.",
-    ),
-    Equivalent(
-        "sgmv.cu",
-        "const long long k = static_cast<long long>(stage) * kBlockK;",
-        ("long long -> int",),
-        "k is below in_dim, an int; the stride that it is multiplied with has 64 bits.",
     ),
     # ---- attention.cu
     Equivalent(

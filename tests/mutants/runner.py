@@ -18,7 +18,10 @@ from tests.mutants.sites import REPOSITORY, SOURCES, Mutant
 
 # The tests of each source, and of what launches its kernels; a header that is not here is everyone's.
 TESTS = {
-    "sgmv.cu": ("tests/ops/test_sgmv.py", "tests/ops/test_sgmv_qkv.py"),
+    **dict.fromkeys(
+        ("sgmv_route.cu", "sgmv_shrink.cu", "sgmv_expand.cu", "common/sgmv.cuh"),
+        ("tests/ops/test_sgmv.py", "tests/ops/test_sgmv_qkv.py"),
+    ),
     "kv_cache.cu": ("tests/ops/test_kv_cache.py", "tests/ops/test_sgmv_qkv.py"),
     "rope.cu": ("tests/ops/test_rope.py",),
     "attention.cu": ("tests/ops/test_attention.py",),
@@ -34,7 +37,10 @@ TESTS = {
 }
 # Of the tests of large addresses, those that run a source.
 _LARGE = {
-    "sgmv.cu": "shrink or expand or rank_vector",
+    "sgmv_route.cu": "shrink or expand or rank_vector",
+    "sgmv_shrink.cu": "shrink or rank_vector",
+    "sgmv_expand.cu": "expand or rank_vector",
+    "common/sgmv.cuh": "shrink or expand or rank_vector",
     "kv_cache.cu": "store or add",
     "rope.cu": "rope",
     "attention.cu": "attention",

@@ -109,8 +109,9 @@ def _waits(source: Source, path: str) -> Iterator[Edit]:
         if source[i] == "cp_async_commit":
             yield i, i + 2, ""
         if source[i] == "cp_async_wait":
-            yield i, i + 5, ""
-            yield i + 2, i + 2, str(int(source[i + 2]) + 1)
+            close = next(j for j in range(i, len(source)) if source[j] == ">")
+            yield i, close + 2, ""
+            yield i + 2, close - 1, f"{source.slice(i + 2, close - 1)} + 1"
 
 
 def _fragments(source: Source, path: str) -> Iterator[Edit]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lorakit
-from lorakit import DeviceRef, build_lora_batch
+from lorakit import DeviceRef, build_lora_batch, ops
 from lorakit.testing import assert_bitwise_equal
 from tests.nn.helpers import STORAGE, normal, offsets, setup
 
@@ -17,7 +17,8 @@ BATCHES = (((4, 3), (0, None)), ((1, 6), (1, 0)), ((7, 0), (None, 1)))
 
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize("options", [{}, {"stacked_qkv": True, "clip_qkv": 0.1, "has_bias": True}])
-def test_replay_of_the_layer(gpu: Any, dtype: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_replay_of_the_layer(gpu: Any, dtype: Any, options: dict[str, Any], shared: bool) -> None:
     s = setup(DeviceRef.GPU(), dtype, max_num_loras=2, max_lora_rank=8, **options)
     for slot, rank in enumerate((8, 3)):
         s.put(slot, s.adapter(100 * (slot + 1), rank))
@@ -37,6 +38,9 @@ def test_replay_of_the_layer(gpu: Any, dtype: Any, options: dict[str, Any]) -> N
         s.manager.fetch(["a", "b"], lengths, out=step)
 
     def call() -> Any:
+        if shared:
+            route = ops.sgmv_route(x, *info, max_num_loras=2)
+            s.layer.set_lora_batch_info(*info, route=route)
         return s.layer(1, x, step, s.rope.freqs_cis, rows)
 
     rewrite(*BATCHES[0])

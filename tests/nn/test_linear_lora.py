@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorakit import DeviceRef, DType, Linear, LinearLoRA, SupportsLoRA
+from lorakit import DeviceRef, DType, Linear, LinearLoRA, SupportsLoRA, ops
 from tests.nn.helpers import STORAGE, assert_within_budget, normal, offsets, rounding, wide
 
 IN, OUT, SLOTS, RANK = 24, 16, 4, 6
@@ -342,6 +342,40 @@ def test_both_integer_types_are_taken(
     layer.set_lora_batch_info(ids, ranks.astype(kind), groups.astype(kind))
     exact = expected(layer, to_host, x, ((0, 2), (2, 3)), None)
     assert_within_budget(to_host(layer(to_device(x))), exact, exact)
+
+
+def test_a_route_shared_by_layers(device: DeviceRef, to_device: Any, to_host: Any) -> None:
+    layers, x = (lora(device), lora(device)), to_device(normal(8, 5, IN))
+    for host in (False, True):
+        batch = info((0, 2), (-1, 1), (2, 2))
+        batch = batch if host else tuple(to_device(array) for array in batch)
+        route = ops.sgmv_route(x, *batch, max_num_loras=4)
+        for layer in layers:
+            layer.set_lora_batch_info(*batch)
+            alone = to_host(layer(x))
+            layer.set_lora_batch_info(*batch, route=route)
+            assert to_host(layer(x)).tobytes() == alone.tobytes()
+            assert layer.batch_info is not None
+            assert layer.batch_info.route is route
+
+
+def test_a_route_of_other_arrays(device: DeviceRef, to_device: Any) -> None:
+    layer, x = lora(device), to_device(normal(8, 5, IN))
+    batch: Any = tuple(to_device(array) for array in info((0, 5)))
+    layer.set_lora_batch_info(*batch)
+    before = layer.batch_info
+    route = ops.sgmv_route(x, *batch, max_num_loras=4)
+    for position, name in enumerate(("lora_ids", "lora_ranks", "lora_grouped_offsets")):
+        others = list(batch)
+        others[position] = batch[position].copy()
+        with pytest.raises(ValueError, match=f"route must be made from this {name}"):
+            layer.set_lora_batch_info(*others, route=route)
+    with pytest.raises(TypeError, match="route must be made by sgmv_route, got tuple"):
+        layer.set_lora_batch_info(*batch, route=batch)
+    assert layer.batch_info is before
+    layer.set_lora_batch_info(*batch, route=route)
+    with pytest.raises(ValueError, match="route must be made for total_tokens = 6, got 5"):
+        layer(to_device(normal(8, 6, IN)))
 
 
 def test_groups_may_not_end_past_the_rows(device: DeviceRef, to_device: Any) -> None:

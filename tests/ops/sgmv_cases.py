@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.conftest import KernelDevice
 
 BF16, FP16 = (bfloat16,), (FLOAT16,)
+HALVES = BF16 + FP16
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,46 @@ class SgmvCase:
     def y_dtype(self) -> Any:
         return FLOAT32 if self.y_float32 else self.dtype
 
+    @property
+    def item_rows(self) -> int:
+        """Rows of a work item."""
+        bounds = len(self.groups) if self.ranks_from in ("groups", "both") else 0
+        return tiles.sgmv_item_rows(
+            self.rows, min(self.rows, len(self.groups), self.slots + bounds)
+        )
+
+    def route_instances(self) -> set[Instance]:
+        if not (self.rows and self.groups):
+            return set()
+        rows = {tiles.sgmv_route_rows()} if self.rows > 1024 else set()
+        return {tiles.sgmv_route_items()} | rows
+
     def shrink_instances(self) -> set[Instance]:
         if not (self.rows and self.groups):
             return set()
         aligned = self.in_dim * self.dtype.itemsize % 16 == 0 and self.a == "plain"
-        return {tiles.sgmv_shrink(self.dtype, self.rank, aligned)}
+        shrink = tiles.sgmv_shrink(self.dtype, -(-self.rank // 16), self.item_rows, aligned)
+        return self.route_instances() | {shrink}
 
     def expand_instances(self) -> set[Instance]:
+        """Of `sgmv_expand` by itself, whose h has rows of just the rank."""
+        return self._expand_instances(self.rank % 4 == 0)
+
+    def _expand_instances(self, h_aligned: bool) -> set[Instance]:
         if not (self.rows and self.groups):
             return set()
-        aligned = self.out_dim * self.dtype.itemsize % 16 == 0 and self.b == "rank_major"
-        return {tiles.sgmv_expand(self.dtype, self.y_dtype, aligned and self.y != "shifted")}
+        aligned = self.out_dim % 8 == 0 and self.b == "rank_major" and self.y != "shifted"
+        expand = tiles.sgmv_expand(
+            self.dtype, self.y_dtype, self.rank, self.item_rows, aligned and h_aligned
+        )
+        return self.route_instances() | {expand}
 
     def lora_instances(self) -> set[Instance]:
-        return self.shrink_instances() | self.expand_instances()
+        return self.shrink_instances() | self._expand_instances(True)
 
 
 MIXED = ((0, 3), (2, 17), (-1, 2), (1, 4), (3, 1))
+LONG = ((2, 530), (-1, 1), (0, 493))  # items of 64 rows
 
 CASES = (
     # First, so that sanitizers run it: two blocks of ranks, and a loop over ranks of more than one stage.
@@ -124,6 +148,28 @@ CASES = (
     SgmvCase("k130_n129", MIXED, in_dim=130, out_dim=129, rank=17, dtypes=FP16),
     SgmvCase("k200_n264", MIXED, in_dim=200, out_dim=264, rank=17, dtypes=BF16),
     SgmvCase("k1001_n257", ((1, 3),), in_dim=1001, out_dim=257, rank=17, dtypes=BF16),
+    # Sums in parts of 1024, and more rows than a decode batch has.
+    SgmvCase("three_parts", ((1, 2), (2, 1)), in_dim=4400, rank=40, dtypes=BF16),
+    SgmvCase("prefill", ((0, 70), (-1, 20), (2, 9), (0, 5), (1, 40)), y="plain"),
+    SgmvCase("prefill_rank_40", ((3, 45), (1, 90), (-1, 4)), rank=40, in_dim=2200, dtypes=FP16),
+    SgmvCase("prefill_rank_33", ((3, 45), (1, 90)), rank=33, ranks=(4, 33, 9, 17), dtypes=BF16),
+    SgmvCase(
+        "long_segments",
+        ((0, 701), (-1, 20), (2, 310)),
+        slots=3,
+        rank=33,
+        in_dim=40,
+        out_dim=72,
+        y="plain",
+    ),
+    SgmvCase("long_in_parts", ((1, 1025),), in_dim=2056, rank=130, out_dim=64, dtypes=BF16),
+    SgmvCase("long", LONG, in_dim=24, out_dim=72, y="wide", bias=True, dtypes=HALVES),
+    SgmvCase("long_float32", LONG, out_dim=8, y="wide", y_float32=True, dtypes=HALVES),
+    SgmvCase("long_rank_32", LONG, in_dim=16, rank=32, y="wide", y_float32=True, dtypes=HALVES),
+    SgmvCase("long_shifted", LONG, in_dim=8, y="shifted", y_float32=True, dtypes=HALVES),
+    SgmvCase("prefill_float32", ((3, 45), (1, 90), (-1, 4)), y="wide", y_float32=True),
+    SgmvCase("prefill_shifted", ((3, 45), (1, 90), (-1, 4)), y="shifted", y_float32=True),
+    SgmvCase("prefill_b_shifted", ((3, 45), (1, 90), (-1, 4)), b="shifted", dtypes=FP16),
     # Layouts.
     SgmvCase("a_shifted", MIXED, a="shifted", rank=17),
     SgmvCase("a_transposed", MIXED, a="transposed", dtypes=FP16),

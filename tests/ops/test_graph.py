@@ -80,6 +80,7 @@ class Step:
         self.calls: dict[str, Callable[[], Any]] = {
             "shrink": lambda: ops.sgmv_shrink(self.x, self.lora_a[0], *self.groups),
             "lora": lambda: ops.sgmv_lora(self.x, self.lora_a[0], self.lora_b[0], *self.groups),
+            "slices": self.slices,
             "qkv": self.qkv,
             "rope": self.rope,
             "store": self.store,
@@ -94,6 +95,12 @@ class Step:
 
     def store(self) -> None:
         ops.store_kv(self.kv, self.kv, self.offsets, self.cache, 1)
+
+    def slices(self) -> Any:
+        """Two layers, which share a route."""
+        route = ops.sgmv_route(self.x, *self.groups, max_num_loras=3)
+        y = ops.sgmv_lora_slices(self.x, self.lora_a, self.lora_b, *self.groups, route=route)
+        return ops.sgmv_lora(y[0], self.lora_a[0], self.lora_b[0], *self.groups, route=route), *y
 
     def qkv(self) -> Any:
         return ops.sgmv_qkv_lora(

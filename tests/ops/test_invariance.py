@@ -69,7 +69,7 @@ class Lora:
         if not b_rank_major:
             lora_b = kernels.asarray(b.transpose(0, 2, 1))
         metadata = (ids, None, row_offsets([n for _, n in batch]))
-        options = {"slot_ranks": ranks}
+        options: dict[str, Any] = {"slot_ranks": ranks}
         x, a = kernels.asarray(x.astype(self.dtype)), kernels.asarray(a)
         h = ops.sgmv_shrink(x, a, *metadata, **options)
         results = {

@@ -46,13 +46,16 @@ class Case(CacheCase):
     def instances(self) -> set[Instance]:
         if not self.total_tokens:
             return set()
-        found = {tiles.add_kv(self.dtype, np.float32)}
-        for rank, out in zip(self.ranks, (self.dtype, np.float32, np.float32), strict=True):
-            found |= {
-                tiles.sgmv_shrink(self.dtype, rank, True),
-                tiles.sgmv_expand(self.dtype, out, True),
-            }
-        return found
+        blocks = sum(-(-rank // 16) for rank in self.ranks)
+        adapters = min(self.total_tokens, len(self.groups), 4 + len(self.groups))
+        item_rows = tiles.sgmv_item_rows(self.total_tokens, adapters)
+        return {
+            tiles.sgmv_route_items(),
+            tiles.sgmv_shrink(self.dtype, blocks, item_rows, True),
+            tiles.sgmv_expand(self.dtype, self.dtype, self.ranks[0], item_rows, True),
+            tiles.sgmv_expand(self.dtype, np.float32, max(self.ranks[1:]), item_rows, True),
+            tiles.add_kv(self.dtype, np.float32),
+        }
 
 
 CASES = (
@@ -119,6 +122,9 @@ def test_qkv_lora(case: Case, kernels: KernelDevice, rng: np.random.Generator) -
     }
 
     place = kernels.asarray
+    options: dict[str, Any] = {
+        name: triple and [*map(place, triple)] for name, triple in triples.items()
+    }
     with launches(kernels) as seen:
         q = ops.sgmv_qkv_lora(
             place(x),
@@ -130,7 +136,7 @@ def test_qkv_lora(case: Case, kernels: KernelDevice, rng: np.random.Generator) -
             offsets,
             on_device,
             case.layer_idx,
-            **{name: triple and [*map(place, triple)] for name, triple in triples.items()},
+            **options,
         )
     assert seen == case.instances()
 

@@ -4,6 +4,7 @@
 #define __host__
 #define __device__
 #define __global__ static  // else g++ 14 refuses static shared memory of templates in a section with others
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)

@@ -65,6 +65,12 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulat
 
 // ---- Memory. A thread runs until it waits, so an atomic needs no lock; the built-ins tell TSan what it is.
 
+inline int atomicMin(int* address, int value) {
+  int old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (value < old && !__atomic_compare_exchange_n(address, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
@@ -80,9 +86,18 @@ inline int atomicOr(int* address, int value) { return __atomic_fetch_or(address,
 inline unsigned atomicOr(unsigned* address, unsigned value) {
   return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;
+}
+
+// Byte i of the result is byte (which >> 4i) & 7 of y:x.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+  const unsigned long long bytes = (static_cast<unsigned long long>(y) << 32) | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> ((which >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+  return result;
 }
 
 [[noreturn]] inline void __trap(emulator::Site site = emulator::Site::here()) { emulator::fail(site, "__trap()"); }

@@ -25,6 +25,7 @@ std::string type_code() {
   if (std::is_same<Value, float>::value) return "float32";
   if (std::is_same<Value, bool>::value) return "bool";
   if (std::is_integral<Value>::value && sizeof(Value) > 1) return "int" + std::to_string(8 * sizeof(Value));
+  if (std::is_class<Value>::value) return "struct" + std::to_string(sizeof(Value));
   return "?";
 }
 template <>

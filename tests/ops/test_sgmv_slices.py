@@ -1,0 +1,195 @@
+"""sgmv_lora_slices and sgmv_route: several outputs of one input, and a route for several calls."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from lorakit import ops, tiles
+from lorakit.dtypes import bfloat16
+from lorakit.testing import activations, adapters, assert_bitwise_equal, row_offsets
+from tests.ops.helpers import each_dtype, launches
+
+if TYPE_CHECKING:
+    from tests.conftest import KernelDevice
+
+SLOTS, IN_DIM = 4, 72
+WIDTHS, RANKS = (136, 24, 40, 9), (8, 33, 1, 16)  # of as many slices as need two launches
+GROUPS = ((2, 3), (-1, 2), (0, 9), (3, 1), (2, 4))
+ROWS = sum(rows for _, rows in GROUPS)
+
+
+class Slices:
+    """Four outputs of one x: their weights on the device, and the metadata of a batch."""
+
+    def __init__(self, kernels: KernelDevice, dtype: Any, rng: np.random.Generator) -> None:
+        self.kernels, self.dtype = kernels, dtype
+        made = [
+            adapters(SLOTS, rank, IN_DIM, width, dtype, rng, poison=True)
+            for rank, width in zip(RANKS, WIDTHS, strict=True)
+        ]
+        place = kernels.asarray
+        self.x = place(activations((ROWS, IN_DIM), dtype, rng))
+        self.lora_a = [place(of.lora_a) for of in made]
+        self.lora_b = [place(of.lora_b.transpose(0, 2, 1)).transpose(0, 2, 1) for of in made]
+        self.slot_ranks = [place(of.slot_ranks) for of in made]
+        self.bias = [place(made[0].bias), None, place(made[2].bias), None]
+        ids = np.array([slot for slot, _ in GROUPS], np.int32)
+        ranks = np.array([40, 0, 7, 40, 2], np.uint32)
+        offsets = row_offsets([rows for _, rows in GROUPS])
+        self.groups: tuple[Any, ...] = (place(ids), place(ranks), place(offsets))
+        self.y = [activations((ROWS, width), dtype, rng) for width in WIDTHS]
+
+    def targets(self, count: int) -> list[Any]:
+        return [self.kernels.asarray(y) for y in self.y[:count]]
+
+    def together(self, count: int, **options: Any) -> tuple[Any, ...]:
+        return ops.sgmv_lora_slices(
+            self.x,
+            self.lora_a[:count],
+            self.lora_b[:count],
+            *self.groups,
+            slot_ranks=self.slot_ranks[:count],
+            bias=self.bias[:count],
+            **options,
+        )
+
+    def apart(self, count: int, add_to: list[Any] | None = None) -> list[NDArray[Any]]:
+        """Each slice by itself, which other tests show to be right."""
+        return [
+            self.kernels.to_host(
+                ops.sgmv_lora(
+                    self.x,
+                    self.lora_a[i],
+                    self.lora_b[i],
+                    *self.groups,
+                    slot_ranks=self.slot_ranks[i],
+                    bias=self.bias[i],
+                    add_to=None if add_to is None else add_to[i],
+                )
+            )
+            for i in range(count)
+        ]
+
+
+@each_dtype
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_slices_have_the_bits_of_each_by_itself(
+    count: int, dtype: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    given = Slices(kernels, dtype, rng)
+    expected = given.apart(count)
+    assert all(np.abs(np.float64(y)).max() > 0.1 for y in expected)
+    for y, alone in zip(given.together(count), expected, strict=True):
+        assert_bitwise_equal(y, alone)
+
+    expected, targets = given.apart(count, given.targets(count)), given.targets(count)
+    for y, target, alone in zip(
+        given.together(count, add_to=targets), targets, expected, strict=True
+    ):
+        assert y is target
+        assert_bitwise_equal(y, alone)
+
+
+def test_slices_of_one_array(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """Columns of q, k and v side by side, as a layer has them."""
+    given = Slices(kernels, bfloat16, rng)
+    whole = kernels.asarray(np.concatenate(given.y[:3], axis=1))
+    ends = np.cumsum((0, *WIDTHS[:3]))
+    given.together(3, add_to=[whole[:, a:b] for a, b in itertools.pairwise(ends)])
+    expected = np.concatenate(given.apart(3, given.targets(3)), axis=1)
+    assert_bitwise_equal(whole, expected)
+
+
+def test_slices_that_overlap(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    given = Slices(kernels, bfloat16, rng)
+    whole = kernels.asarray(np.concatenate(given.y[:2], axis=1))
+    before = kernels.to_host(whole).copy()
+    targets = [whole[:, : WIDTHS[0]], whole[:, WIDTHS[0] - 1 : -1]]
+    with pytest.raises(ValueError, match="add_to must be arrays that do not overlap"):
+        given.together(2, add_to=targets)
+    other = kernels.asarray(np.float32(given.y[1]))
+    with pytest.raises(TypeError, match="add_to must be bfloat16, got float32"):
+        given.together(2, add_to=[targets[0], other])
+    assert_bitwise_equal(whole, before)
+
+
+def test_fewer_slots_of_one_slice(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """A slot that not all slices have is a bad one, on the device too."""
+    given = Slices(kernels, bfloat16, rng)
+    given.lora_a[1], given.lora_b[1] = given.lora_a[1][:3], given.lora_b[1][:3]
+    given.slot_ranks[1] = given.slot_ranks[1][:3]
+    ids = kernels.to_host(given.groups[0])
+    given.groups = (kernels.asarray(np.where(ids == 3, -1, ids)), *given.groups[1:])
+    for y, alone in zip(given.together(2), given.apart(2), strict=True):
+        assert_bitwise_equal(y, alone)
+
+
+@each_dtype
+def test_one_route_for_all_calls(
+    dtype: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    given = Slices(kernels, dtype, rng)
+    with launches(kernels) as seen:
+        route = ops.sgmv_route(given.x, *given.groups, max_num_loras=SLOTS)
+    assert seen == {tiles.sgmv_route_items()}
+    expected = given.apart(3)
+    with launches(kernels) as seen:
+        for _ in range(2):  # counters are as before
+            for y, alone in zip(given.together(3, route=route), expected, strict=True):
+                assert_bitwise_equal(y, alone)
+        h = ops.sgmv_shrink(given.x, given.lora_a[3], *given.groups, route=route)
+        ops.sgmv_expand(h, given.lora_b[3], *given.groups, route=route)
+    assert tiles.sgmv_route_items() not in seen
+
+
+def test_a_route_of_host_metadata(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    given = Slices(kernels, bfloat16, rng)
+    expected = given.apart(2)
+    given.groups = tuple(kernels.to_host(array) for array in given.groups)
+    route = ops.sgmv_route(given.x, *given.groups, max_num_loras=SLOTS)
+    for y, alone in zip(given.together(2, route=route), expected, strict=True):
+        assert_bitwise_equal(y, alone)
+
+
+def test_an_empty_route(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    given = Slices(kernels, bfloat16, rng)
+    ids, _, offsets = given.groups
+    given.groups = (ids[:0], None, offsets[:1])
+    route = ops.sgmv_route(given.x, *given.groups, max_num_loras=SLOTS)
+    with launches(kernels) as seen:
+        (y,) = given.together(1, route=route)
+    assert not seen
+    assert not np.float64(kernels.to_host(y)).any()
+
+
+def test_a_route_of_something_else(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    given = Slices(kernels, bfloat16, rng)
+    route = ops.sgmv_route(given.x, *given.groups, max_num_loras=SLOTS)
+    elsewhere = "CPU" if route.place != "the CPU" else "GPU 0"
+    for other, error, message in (
+        (ops.sgmv_route(given.x, *given.groups, max_num_loras=9), ValueError, "= 4, got 9"),
+        (replace(route, total_tokens=5), ValueError, "total_tokens = 19, got 5"),
+        (replace(route, lora_ids=given.groups[0].copy()), ValueError, "from this lora_ids"),
+        (replace(route, lora_ranks=None), ValueError, "from this lora_ranks"),
+        (replace(route, place=elsewhere), TypeError, f"route must be on .*, got {elsewhere}"),
+        (route.items, TypeError, "route must be made by sgmv_route, got"),
+    ):
+        with pytest.raises(error, match=message):
+            given.together(1, route=other)
+    shorter = given.groups[2][:-1]
+    with pytest.raises(ValueError, match="from this lora_grouped_offsets"):
+        ops.sgmv_lora(
+            given.x,
+            given.lora_a[0],
+            given.lora_b[0],
+            given.groups[0][:-1],
+            None,
+            shorter,
+            route=replace(route, lora_ids=given.groups[0][:-1], lora_ranks=None),
+        )
