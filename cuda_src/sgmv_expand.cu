@@ -181,8 +181,10 @@ __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kR
   constexpr int kMaxSteps = kInTurns ? 1
                             : kRowBlocks == 8 && sizeof(Out) == 4
                                 ? 4
-                                : 8;        // of which h is in shared memory at once
-  constexpr int kAhead = kInTurns ? 1 : 2;  // steps of B on their way
+                                : 8;  // of which h is in shared memory at once
+  constexpr int kAhead = kInTurns                              ? 1
+                         : kRowBlocks == 8 && sizeof(Out) == 2 ? 4
+                                                               : 2;  // steps of B on their way
   constexpr int kYChunks = kItemRows * WarpTile<Out>::kChunks,
                 kBChunks = 16 * WarpTile<T>::kChunks;  // of a warp
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, g = lane / 4, q = lane % 4;
@@ -244,7 +246,11 @@ __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kR
       return advance(y, places[row] * (kAligned ? stride & 0xffffffff : stride));
     };
     const int live_rows = y_count > 0 ? item.rows : 0;
-    if (steps > 0) copy_b(0);
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) {  // first, as the products wait for it
+      if (step < steps) copy_b(step);
+      if (!kInTurns) cp_async_commit();
+    }
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
 #pragma unroll
@@ -253,11 +259,6 @@ __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kR
         if (row < live_rows)
           copy_piece<kAligned>(y_tile.at(y_row, row - y_row, y_chunk), target_of(row), 1, y_count);
       }
-      cp_async_commit();
-    }
-#pragma unroll
-    for (int step = 1; step < kAhead; ++step) {
-      if (step < steps) copy_b(step);
       cp_async_commit();
     }
     Row8<T> bias{};
@@ -408,7 +409,11 @@ __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kR
           }
           if (kInTurns && (step > 0 || stage > 0)) copy_b(step);
           if (kInTurns) cp_async_commit();
-          cp_async_wait<kAhead - 1>();
+          if (!kInTurns && step < kAhead) {
+            cp_async_wait<kAhead>();  // not for y
+          } else {
+            cp_async_wait<kAhead - 1>();
+          }
           take_b(step);
           add_ranks(stage, step);
           if (!kInTurns && step + kAhead < steps) copy_b(step + kAhead);

@@ -63,16 +63,18 @@ struct ShrinkSlices {
   } at[kMaxSlices];
 };
 
+template <typename T, int kRankBlocks, int kRowBlocks, int kStages, bool kAligned>
+constexpr int kShrinkBlocks = !kAligned                       ? 1
+                              : kRankBlocks * kRowBlocks == 1 ? (sizeof(T) == 2 ? 8 : 4)
+                              : kRankBlocks * kRowBlocks == 2 ? (kStages == 4 ? 3 : 5)
+                                                              : 2;  // of a multiprocessor
+
 // Grid max_items * (item_rows / (8 * kRowBlocks)) * parts * ceil(blocks of 16 ranks / kRankBlocks), 128 threads; a
-// block makes one part of some ranks of some rows of an item. Columns of h past the rank become 0, to the end of its block
-// of 16. With counters, which are 0 before and after, the last part's block adds up all parts of its ranks, into the
-// first.
-template <typename T, int kRankBlocks, int kRowBlocks, bool kAligned>
-__global__ void __launch_bounds__(kThreads, !kAligned                       ? 1
-                                            : kRankBlocks * kRowBlocks == 1 ? (sizeof(T) == 2 ? 8 : 4)
-                                            : kRankBlocks * kRowBlocks == 2 ? 5
-                                            : kRankBlocks * kRowBlocks <= 8 ? 2
-                                                                            : 2)
+// block makes one part of some ranks of some rows of an item, kStages tiles on their way. Columns of h past the
+// rank become 0, to the end of its block of 16. With counters, which are 0 before and after, the last part's block
+// adds up all parts of its ranks, into the first.
+template <typename T, int kRankBlocks, int kRowBlocks, int kStages, bool kAligned>
+__global__ void __launch_bounds__(kThreads, (kShrinkBlocks<T, kRankBlocks, kRowBlocks, kStages, kAligned>))
     sgmv_shrink_kernel(const T* __restrict__ x,  // [total_tokens, in_dim]
                        const __grid_constant__ ShrinkSlices<T> slices,
                        const int* __restrict__ rows,   // [max_items, item_rows]
@@ -84,7 +86,6 @@ __global__ void __launch_bounds__(kThreads, !kAligned                       ? 1
   constexpr int kBlockR = 16 * kRankBlocks, kBlockM = 8 * kRowBlocks, kTileRows = kBlockR + kBlockM;
   constexpr int kChunks =
       kTileRows <= 96 ? 8 : 4;  // of 16 bytes, of a row of a tile; eight as long as two tiles fit
-  constexpr int kStages = kTileRows <= 24 ? 4 : kChunks == 4 || kTileRows == 48 ? 3 : 2;  // tiles, in 99 KiB
   constexpr int kStepK = kChunks * kPer16Bytes<T>, kSteps = kWarpK / kStepK;
   constexpr int kRowsAtOnce = kWarpSize / kChunks;
   constexpr int kSumStride = kBlockR + 4;  // no two of a warp's stores in one bank
@@ -252,24 +253,26 @@ __global__ void __launch_bounds__(kThreads, !kAligned                       ? 1
   if (!*is_last) return;
   __threadfence();
   const long long h_part = static_cast<long long>(total_tokens) * h_stride;
+  const auto is_mine = [&](int i, int m) { return own_r < live[i] && 8 * m + own_row < num_rows; };
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) own_h[m] -= part * h_part;
+  float totals[kRankBlocks][kRowBlocks] = {};
+  constexpr int kLoads = kRankBlocks * kRowBlocks;  // of a part, each of which takes as long as all of them
+#pragma unroll(kLoads <= 4 ? 8 : kLoads <= 16 ? 4 : kLoads <= 24 ? 2 : 1)
+  for (int p = 0; p < parts; ++p) {
 #pragma unroll
-  for (int i = 0; i < kRankBlocks; ++i) {
-    if (own_r >= live[i]) continue;
-    float totals[kRowBlocks];
-#pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m) totals[m] = 8 * m + own_row < num_rows ? own_h[m][h_col[i]] : 0.0f;
-#pragma unroll 3
-    for (int p = 1; p < parts; ++p) {
+    for (int i = 0; i < kRankBlocks; ++i) {
 #pragma unroll
       for (int m = 0; m < kRowBlocks; ++m) {
-        if (8 * m + own_row < num_rows) totals[m] += own_h[m][p * h_part + h_col[i]];
+        if (is_mine(i, m)) totals[i][m] += own_h[m][p * h_part + h_col[i]];
       }
     }
+  }
+#pragma unroll
+  for (int i = 0; i < kRankBlocks; ++i) {
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
-      if (8 * m + own_row < num_rows) own_h[m][h_col[i]] = totals[m];
+      if (is_mine(i, m)) own_h[m][h_col[i]] = totals[i][m];
     }
   }
 }

@@ -27,6 +27,7 @@ HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
 SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
 SGMV_BLOCK_N = 256  # columns of a block of expand
 SGMV_MAX_SLICES = 3  # outputs of one launch
+SGMV_FEW_BLOCKS = 640  # of shrink: a handful for each multiprocessor of a large GPU
 SGMV_COUNTERS = 32  # of eight rows
 SGMV_ROUTE_THREADS = 1024
 KV_THREADS = 256
@@ -62,9 +63,14 @@ class Instance:
 
 def sgmv_item_rows(total_tokens: int, max_adapters: int) -> int:
     """Rows of a work item, for as many adapters at most: few for decode, where each has a row or two."""
-    if total_tokens <= 128:
+    if total_tokens < 128:
         return 8
-    return 64 if total_tokens >= max(1024, 32 * max_adapters) else 16
+    return 64 if total_tokens >= max(2048, 64 * max_adapters) else 16
+
+
+def sgmv_max_items(total_tokens: int, max_adapters: int) -> int:
+    """Work items of any batch of so many rows and adapters: each adapter's last item may not be full."""
+    return total_tokens // sgmv_item_rows(total_tokens, max_adapters) + max_adapters
 
 
 @functools.cache
@@ -80,26 +86,43 @@ def sgmv_route_rows() -> Instance:
 
 
 @functools.cache
-def sgmv_shrink(dtype: Any, rank_blocks: int, item_rows: int, aligned: bool) -> Instance:
-    """All rows of an item at once. `aligned`: rows of x and A are whole 16-byte vectors."""
+def sgmv_shrink(
+    dtype: Any, rank_blocks: int, item_rows: int, aligned: bool, few: bool = False
+) -> Instance:
+    """All rows of an item at once.
+
+    Args:
+        aligned: Rows of x and A are whole 16-byte vectors.
+        few: `sgmv_is_few`; each block may load more at a time.
+    """
     dtype = np.dtype(dtype)
     rows = item_rows // 8 if aligned and dtype.itemsize == 2 else 1
-    ranks = min(rank_blocks, 3) if rows == 8 else 1
+    ranks = 1
+    if rows == 8:  # the fewer times x is read, the better
+        ranks = min((4, 3, 2, 1), key=lambda n: (-(-rank_blocks // n), n))
     if rows == 8 and ranks == 1:
         rows = 4
     tile_rows = 16 * ranks + 8 * rows
     row_bytes = 128 if tile_rows <= 96 else 64
-    stages = 4 if tile_rows <= 24 else 3 if tile_rows == 48 or row_bytes == 64 else 2
+    if tile_rows <= 24 or (tile_rows == 32 and few):
+        stages = 4
+    else:
+        stages = 3 if tile_rows == 48 or row_bytes == 64 else 2  # in 99 KiB
     ring = 4 * stages * tile_rows * row_bytes
     sums = 4 * 8 * rows * (16 * ranks + 4) * 4
     return Instance(
         "sgmv_shrink.cu",
         "sgmv_shrink_kernel",
-        (_CPP_NAMES[dtype], str(ranks), str(rows), _flag(aligned)),
+        (_CPP_NAMES[dtype], str(ranks), str(rows), str(stages), _flag(aligned)),
         threads=128,
         shared_bytes=max(ring, sums) + 8 * rows * 4,
         early=True,
     )
+
+
+def sgmv_is_few(max_items: int, rank_blocks: int, parts: int) -> bool:
+    """Whether all blocks of shrink, for an item and 16 ranks each, run at the same time."""
+    return max_items * rank_blocks * parts <= SGMV_FEW_BLOCKS
 
 
 def sgmv_shrink_rows(instance: Instance) -> int:
@@ -120,7 +143,8 @@ def sgmv_expand(dtype: Any, out_dtype: Any, rank: int, item_rows: int, aligned: 
     rows = 1 if item_rows == 64 and (rank <= 16 or not fast) else item_rows // 8
     in_turns = item_rows > 8 * rows
     y_bytes = item_rows // 4 * (out_dtype.itemsize // 2) * 128 * 16
-    b_bytes = (1 if in_turns else 2) * 4 * (dtype.itemsize // 2) * 128 * 16
+    ahead = 1 if in_turns else 4 if rows == 8 and out_dtype.itemsize == 2 else 2
+    b_bytes = ahead * 4 * (dtype.itemsize // 2) * 128 * 16
     h_bytes = (
         item_rows
         // 8
@@ -213,7 +237,7 @@ def instances() -> tuple[Instance, ...]:
     outputs = sorted({(t, out) for t in STORAGE for out in (t, STORAGE[0])}, key=str)
     item_rows = (8, 16, 64)
     sgmv = [
-        *(sgmv_shrink(*g) for g in itertools.product(STORAGE, (1, 2, 3), item_rows, flags)),
+        *(sgmv_shrink(*g) for g in itertools.product(STORAGE, (1, 2, 3, 4), item_rows, flags, flags)),
         *(
             sgmv_expand(*out, r, m, a)
             for out, r, m, a in itertools.product(outputs, (16, 64), item_rows, flags)

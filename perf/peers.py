@@ -135,7 +135,7 @@ def _side_stream() -> Iterator[Any]:
 
 
 def _graph_seconds(torch: Any, calls: Sequence[Callable[[], None]], count: int) -> float:
-    for call in calls[:2]:  # compile, on the stream that captures
+    for call in calls:  # compiles, and makes tables of pointers; on the stream that captures
         call()
     torch.cuda.current_stream().synchronize()
     graph = torch.cuda.CUDAGraph()

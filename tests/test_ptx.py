@@ -59,6 +59,11 @@ extern "C" __global__ void mma_bfloat16(float* d, const unsigned* a, const unsig
 
 extern "C" __global__ void exponential(float* y, const float* x) { *y = ex2(*x); }
 
+extern "C" __global__ void order(int) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
+}
+
 // How far apart arrays of 3 float, 17 __half and 1 int are.
 extern "C" __global__ void arrays(long long* apart) {
   SharedMemory memory;
@@ -82,6 +87,10 @@ EXPECTED = {
     "mma_half": [f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {FRAGMENTS}"],
     "mma_bfloat16": [f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {FRAGMENTS}"],
     "exponential": ["ex2.approx.ftz.f32 y, x"],
+    "order": [
+        "griddepcontrol.wait",
+        "griddepcontrol.launch_dependents",
+    ],
     "arrays": ["16 to apart", "48 to apart+8"],
 }
 
@@ -97,7 +106,7 @@ def ptx() -> dict[str, str]:
     program = nvrtc.createProgram(SOURCE, "instructions.cu", (), ())
     try:
         try:
-            nvrtc.compileProgram(program, (*flags, "--gpu-architecture=compute_80"))
+            nvrtc.compileProgram(program, (*flags, "--gpu-architecture=compute_90"))
         except nvrtc.NVRTCError:
             raise AssertionError(nvrtc.getProgramLog(program)) from None
         text = nvrtc.getPTX(program)

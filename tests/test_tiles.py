@@ -48,7 +48,12 @@ CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
     "sgmv_route_items": st.builds(tiles.sgmv_route_items),
     "sgmv_route_rows": st.builds(tiles.sgmv_route_rows),
     "sgmv_shrink": st.builds(
-        tiles.sgmv_shrink, dtypes, st.integers(1, 2**20), item_rows, st.booleans()
+        tiles.sgmv_shrink,
+        dtypes,
+        st.integers(1, 2**20),
+        item_rows,
+        st.booleans(),
+        st.booleans(),
     ),
     "sgmv_expand": st.builds(
         lambda pair, rank, rows, aligned: tiles.sgmv_expand(*pair, rank, rows, aligned),
@@ -90,16 +95,17 @@ def test_every_chooser_is_tested() -> None:
 def test_the_list_holds_nothing_else() -> None:
     """Every instance is chosen for some size, so that the gate compiles nothing in vain."""
     dims = range(8, 257, 8)
-    item_rows = {tiles.sgmv_item_rows(rows, 9) for rows in (1, 128, 129, 1023, 1024, 10**6)}
+    item_rows = {tiles.sgmv_item_rows(rows, 9) for rows in (1, 127, 128, 2047, 2048, 10**6)}
     chosen = {
         tiles.sgmv_route_items(),
         tiles.sgmv_route_rows(),
         *(
-            tiles.sgmv_shrink(t, blocks, m, a)
+            tiles.sgmv_shrink(t, blocks, m, a, few)
             for t in STORAGE
-            for blocks in (1, 2, 3, 16)
+            for blocks in (1, 2, 3, 4)
             for m in item_rows
             for a in (True, False)
+            for few in (True, False)
         ),
         *(
             tiles.sgmv_expand(t, out, rank, m, a)
@@ -131,7 +137,7 @@ def test_instances_are_unique() -> None:
 
 def test_name() -> None:
     instance = tiles.sgmv_shrink(np.float16, 2, 64, True)
-    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 2, 8, true>"
+    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 2, 8, 2, true>"
     assert tiles.sgmv_route_items().name == "lorakit::sgmv_route_items_kernel"
 
 
@@ -151,6 +157,13 @@ def test_numbers_that_ops_read_from_a_name() -> None:
     assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 64, True)) == 64
     assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 16, True)) == 16
     assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 64, False)) == 8
+    assert tiles.sgmv_item_rows(127, 127) == tiles.sgmv_item_rows(1, 1) == 8
+    assert tiles.sgmv_item_rows(128, 1) == tiles.sgmv_item_rows(2048, 33) == 16
+    assert tiles.sgmv_item_rows(2048, 32) == tiles.sgmv_item_rows(10**6, 4096) == 64
+    assert tiles.sgmv_max_items(127, 5) == 20
+    assert tiles.sgmv_max_items(2048, 32) == 64
+    assert tiles.sgmv_is_few(10, 16, 4)
+    assert not tiles.sgmv_is_few(11, 16, 4)
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 128, 128, True)) == 8
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 24, True)) == 4
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
@@ -204,12 +217,14 @@ def call(instance: tiles.Instance, kernels: KernelDevice, rng: np.random.Generat
         return kernels.asarray(rng.standard_normal(shape).astype(of))
 
     if instance.kernel == "sgmv_shrink_kernel":
-        rank, rows = 16 * int(instance.params[1]), {"1": 3, "2": 129}.get(instance.params[2], 1024)
-        in_dim = 64 if instance.params[3] == "true" else 63
+        rank, rows = 16 * int(instance.params[1]), {"1": 3, "2": 129}.get(instance.params[2], 2048)
+        if instance.params[2:4] == ("2", "2"):  # not few
+            rank *= tiles.SGMV_FEW_BLOCKS // 8
+        in_dim = 64 if instance.params[4] == "true" else 63
         batch[-1] = testing.row_offsets([rows])
         ops.sgmv_shrink(array(rows, in_dim), array(1, rank, in_dim), *batch)
     elif instance.kernel == "sgmv_expand_kernel":
-        rows = {"8": 3, "16": 129, "64": 1024}[instance.params[2]]
+        rows = {"8": 3, "16": 129, "64": 2048}[instance.params[2]]
         rank = 20 if instance.params[3] == "8" else 16
         out_dim = 64 if instance.params[4] == "true" else 63
         batch[-1] = testing.row_offsets([rows])

@@ -82,7 +82,8 @@ def shrink(
             width,
         ]
         blocks += _blocks(a)
-    tile = tiles.sgmv_shrink(x.dtype, blocks, route.item_rows, aligned)
+    few = tiles.sgmv_is_few(len(route.rows), blocks, len(h))
+    tile = tiles.sgmv_shrink(x.dtype, blocks, route.item_rows, aligned, few)
     chunks = -(-blocks // tiles.sgmv_shrink_rank_blocks(tile))
     # Few rows: the launch of expand costs less than to wait for the last part.
     whole = len(h) > 1 and (whole or route.item_rows == 64)

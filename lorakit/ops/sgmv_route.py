@@ -120,7 +120,7 @@ def make_route(x: Any, segments: Segments, max_num_loras: int) -> LoRARoute:
     classes = max_num_loras + (0 if lora_ranks is None else groups)
     adapters = min(total_tokens, groups, classes)
     item_rows = tiles.sgmv_item_rows(total_tokens, adapters)
-    max_items = total_tokens // item_rows + adapters
+    max_items = tiles.sgmv_max_items(total_tokens, adapters)
     items = backend.zeros((1 + max_items, 4), np.int32)
     rows = backend.zeros((max_items, item_rows), np.int32)
     counters = backend.zeros((max_items * item_rows // 8, tiles.SGMV_COUNTERS), np.int32)

@@ -62,12 +62,15 @@ class SgmvCase:
         return FLOAT32 if self.y_float32 else self.dtype
 
     @property
+    def max_adapters(self) -> int:
+        """Slots, and groups with a rank of their own."""
+        bounds = len(self.groups) if self.ranks_from in ("groups", "both") else 0
+        return min(self.rows, len(self.groups), self.slots + bounds)
+
+    @property
     def item_rows(self) -> int:
         """Rows of a work item."""
-        bounds = len(self.groups) if self.ranks_from in ("groups", "both") else 0
-        return tiles.sgmv_item_rows(
-            self.rows, min(self.rows, len(self.groups), self.slots + bounds)
-        )
+        return tiles.sgmv_item_rows(self.rows, self.max_adapters)
 
     def route_instances(self) -> set[Instance]:
         if not (self.rows and self.groups):
@@ -79,7 +82,12 @@ class SgmvCase:
         if not (self.rows and self.groups):
             return set()
         aligned = self.in_dim * self.dtype.itemsize % 16 == 0 and self.a == "plain"
-        shrink = tiles.sgmv_shrink(self.dtype, -(-self.rank // 16), self.item_rows, aligned)
+        blocks, max_items = (
+            -(-self.rank // 16),
+            tiles.sgmv_max_items(self.rows, self.max_adapters),
+        )
+        few = tiles.sgmv_is_few(max_items, blocks, -(-self.in_dim // 1024))
+        shrink = tiles.sgmv_shrink(self.dtype, blocks, self.item_rows, aligned, few)
         return self.route_instances() | {shrink}
 
     def expand_instances(self) -> set[Instance]:
@@ -100,7 +108,7 @@ class SgmvCase:
 
 
 MIXED = ((0, 3), (2, 17), (-1, 2), (1, 4), (3, 1))
-LONG = ((2, 530), (-1, 1), (0, 493))  # items of 64 rows
+LONG = ((2, 1054), (-1, 1), (0, 993))  # items of 64 rows
 
 CASES = (
     # First, so that sanitizers run it: two blocks of ranks, and a loop over ranks of more than one stage.
@@ -152,20 +160,30 @@ CASES = (
     SgmvCase("three_parts", ((1, 2), (2, 1)), in_dim=4400, rank=40, dtypes=BF16),
     SgmvCase("prefill", ((0, 70), (-1, 20), (2, 9), (0, 5), (1, 40)), y="plain"),
     SgmvCase("prefill_rank_40", ((3, 45), (1, 90), (-1, 4)), rank=40, in_dim=2200, dtypes=FP16),
+    SgmvCase(
+        "prefill_stored_rank_256",
+        ((3, 45), (1, 90), (-1, 4)),
+        rank=256,
+        ranks=(1, 33, 9, 200),
+        in_dim=3104,
+        out_dim=24,
+        dtypes=HALVES,
+    ),
     SgmvCase("prefill_rank_33", ((3, 45), (1, 90)), rank=33, ranks=(4, 33, 9, 17), dtypes=BF16),
     SgmvCase(
         "long_segments",
-        ((0, 701), (-1, 20), (2, 310)),
+        ((0, 1701), (-1, 20), (2, 510)),
         slots=3,
         rank=33,
         in_dim=40,
         out_dim=72,
         y="plain",
     ),
-    SgmvCase("long_in_parts", ((1, 1025),), in_dim=2056, rank=130, out_dim=64, dtypes=BF16),
+    SgmvCase("long_in_parts", ((1, 2049),), in_dim=2056, rank=130, out_dim=64, dtypes=BF16),
     SgmvCase("long", LONG, in_dim=24, out_dim=72, y="wide", bias=True, dtypes=HALVES),
     SgmvCase("long_float32", LONG, out_dim=8, y="wide", y_float32=True, dtypes=HALVES),
     SgmvCase("long_rank_32", LONG, in_dim=16, rank=32, y="wide", y_float32=True, dtypes=HALVES),
+    SgmvCase("long_rank_50", LONG, in_dim=8, out_dim=8, rank=50, y="plain", dtypes=HALVES),
     SgmvCase("long_shifted", LONG, in_dim=8, y="shifted", y_float32=True, dtypes=HALVES),
     SgmvCase("prefill_float32", ((3, 45), (1, 90), (-1, 4)), y="wide", y_float32=True),
     SgmvCase("prefill_shifted", ((3, 45), (1, 90), (-1, 4)), y="shifted", y_float32=True),

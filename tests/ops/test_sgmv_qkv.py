@@ -49,9 +49,11 @@ class Case(CacheCase):
         blocks = sum(-(-rank // 16) for rank in self.ranks)
         adapters = min(self.total_tokens, len(self.groups), 4 + len(self.groups))
         item_rows = tiles.sgmv_item_rows(self.total_tokens, adapters)
+        max_items = tiles.sgmv_max_items(self.total_tokens, adapters)
+        few = tiles.sgmv_is_few(max_items, blocks, -(-self.in_dim // 1024))
         return {
             tiles.sgmv_route_items(),
-            tiles.sgmv_shrink(self.dtype, blocks, item_rows, True),
+            tiles.sgmv_shrink(self.dtype, blocks, item_rows, True, few),
             tiles.sgmv_expand(self.dtype, self.dtype, self.ranks[0], item_rows, True),
             tiles.sgmv_expand(self.dtype, np.float32, max(self.ranks[1:]), item_rows, True),
             tiles.add_kv(self.dtype, np.float32),
