@@ -237,7 +237,10 @@ def instances() -> tuple[Instance, ...]:
     outputs = sorted({(t, out) for t in STORAGE for out in (t, STORAGE[0])}, key=str)
     item_rows = (8, 16, 64)
     sgmv = [
-        *(sgmv_shrink(*g) for g in itertools.product(STORAGE, (1, 2, 3, 4), item_rows, flags, flags)),
+        *(
+            sgmv_shrink(*g)
+            for g in itertools.product(STORAGE, (1, 2, 3, 4), item_rows, flags, flags)
+        ),
         *(
             sgmv_expand(*out, r, m, a)
             for out, r, m, a in itertools.product(outputs, (16, 64), item_rows, flags)
