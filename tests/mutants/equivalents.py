@@ -41,9 +41,9 @@ _WIDE = "The other factor has 64 bits already, so the product has."
 _FITS = "The value fits in 32 bits for every size that the op accepts; it is wide for its uses."
 
 EQUIVALENTS: tuple[Equivalent, ...] = (
-    # ---- sgmv.cu
+    # ---- sgmv_expand.cu
     Equivalent(
-        "sgmv.cu",
+        "sgmv_expand.cu",
         "if (largest == 0.0f || largest == infinity()) return 1.0f;",
         ("largest == 0.0f || largest == infinity() -> largest == infinity()",),
         "A row of zeros stays what it is times any power of two.",
@@ -98,11 +98,14 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "token is at least row_offsets[0], and segment_of returns no later sequence that starts after it.",
     ),
     # ---- headers
-    Equivalent(
-        "common/mma.cuh",
-        "return fabsf(left) <= fabsf(value) ? left : 0.0f;",
-        ("<= -> <",),
-        "Equal only where T rounds the value to 0: then it rounds the rest, the same number, to 0 too.",
+    *(
+        Equivalent(
+            "common/mma.cuh",
+            code,
+            ("<= -> <",),
+            "Equal only where T rounds the value to 0: then it rounds the rest, the same number, to 0 too.",
+        )
+        for code in ("fabsf(low_left) <= fabsf(low)", "fabsf(high_left) <= fabsf(high)")
     ),
     Equivalent(
         "common/ragged.cuh",

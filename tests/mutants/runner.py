@@ -26,7 +26,7 @@ TESTS = {
     "rope.cu": ("tests/ops/test_rope.py",),
     "attention.cu": ("tests/ops/test_attention.py",),
     "common/mma.cuh": ("tests/ops/test_sgmv.py", "tests/ops/test_attention.py"),
-    "common/tile.cuh": ("tests/ops/test_sgmv.py", "tests/ops/test_attention.py"),
+    "common/tile.cuh": ("tests/ops/test_attention.py",),
     "common/reduce.cuh": ("tests/ops/test_sgmv.py", "tests/ops/test_attention.py"),
     "common/softmax.cuh": ("tests/ops/test_attention.py",),
     "common/paged_kv.cuh": (
@@ -45,8 +45,8 @@ _LARGE = {
     "rope.cu": "rope",
     "attention.cu": "attention",
     "common/paged_kv.cuh": "cache",
-    "common/tile.cuh": "shrink or expand",
-    "common/ragged.cuh": "threads or rows_of_attention",
+    "common/tile.cuh": "attention",
+    "common/ragged.cuh": "threads or rows_of_attention or rank_vector",
 }
 _KERNELS = ("sgmv", "kv_cache", "rope", "attention", "sgmv_qkv")
 ALL_TESTS = tuple(f"tests/ops/test_{name}.py" for name in _KERNELS)
