@@ -78,10 +78,13 @@ def vllm(
 ) -> list[Callable[[], None]]:
     """vLLM's shrink and expand, metadata made once."""
     import torch
+    from vllm.lora.ops.triton_ops import utils
     from vllm.lora.ops.triton_ops.lora_expand_op import _lora_expand
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     from vllm.lora.ops.triton_ops.lora_shrink_op import _lora_shrink
 
+    for tables in (utils._LORA_A_PTR_DICT, utils._LORA_B_PTR_DICT):
+        tables.clear()  # by address, which may be another array's by now
     total_tokens, rank = len(x), weights[0].a[0].shape[1]
     meta = LoRAKernelMeta.make(len(ranks), total_tokens, "cuda")
     meta.prepare_tensors(torch.from_numpy(slots).cuda())

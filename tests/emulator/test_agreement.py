@@ -13,13 +13,14 @@ from lorakit.dtypes import STORAGE
 from lorakit.testing import activations
 from tests.emulator import agreement, emulator
 from tests.emulator.agreement import Twice, Written, table
+from tests.emulator.backend import EmulatedArray
 
 INSTANCE = tiles.instances()[0]
 
 
 def compare(old: Any, gpu: Any, cpu: Any) -> Written:
     both = Twice(emulator)
-    both._compare(INSTANCE, 3, old, gpu, cpu)
+    both._compare(INSTANCE, "argument 3", old, gpu, cpu)
     (written,) = both.written
     return Written(*written)
 
@@ -66,22 +67,69 @@ class OnDevice(np.ndarray[Any, Any]):
         return np.asarray(self).copy()
 
 
+def twice(monkeypatch: pytest.MonkeyPatch, word: Any, on_gpu: Any, on_cpu: Any) -> Twice:
+    """`Twice` of a GPU that is none: `on_gpu` and `on_cpu` get the arguments of a launch."""
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
+    known = (OnDevice, EmulatedArray)
+    cpu = SimpleNamespace(launch=lambda _, __, args: on_cpu(*args), empty=emulator.empty)
+    monkeypatch.setattr(jit, "import_cupy", lambda: cupy)
+    monkeypatch.setattr(agreement, "_is_array", lambda arg: isinstance(arg, known))
+    monkeypatch.setattr(agreement, "_bytes", lambda array: array.get().view(np.uint8))
+    monkeypatch.setattr(agreement, "emulator", cpu)
+    gpu = SimpleNamespace(
+        launch=lambda _, __, args: on_gpu(*args), empty=None, error_word=lambda: word
+    )
+    return Twice(gpu)
+
+
 def test_errors_of_earlier_launches_are_kept_and_not_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     word = np.full(1, 8, np.uint32).view(OnDevice)  # an earlier launch's
 
-    def launch(instance: Any, grid: Any, args: Any) -> None:
-        args[0][0] |= 1
+    def report(word: Any) -> None:
+        word[0] |= 1
 
-    stream = SimpleNamespace(is_capturing=lambda: False)
-    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
-    monkeypatch.setattr(jit, "import_cupy", lambda: cupy)
-    monkeypatch.setattr(agreement, "_is_array", lambda arg: isinstance(arg, OnDevice))
-    monkeypatch.setattr(agreement, "_bytes", lambda array: array.get().view(np.uint8))
-    monkeypatch.setattr(agreement, "emulator", SimpleNamespace(launch=launch, empty=emulator.empty))
-    both = Twice(SimpleNamespace(launch=launch, empty=None, error_word=lambda: word))
+    both = twice(monkeypatch, word, report, report)
     both.launch(INSTANCE, (1,), (word,))
     (written,) = both.written
     assert Written(*written).same == 1
     assert word[0] == 9
+
+
+def test_members_of_a_struct_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    word, member = np.zeros(1, np.uint32).view(OnDevice), np.zeros(3, np.int32).view(OnDevice)
+
+    def write(value: int) -> Any:
+        def launch(number: int, struct: Any) -> None:
+            assert (number, struct[0], struct[2]) == (5, None, 6)
+            struct[1][1] = value
+
+        return launch
+
+    args = (5, jit.Struct((None, member, 6)))
+    both = twice(monkeypatch, word, write(7), write(7))
+    both.launch(INSTANCE, (1,), args)
+    (written,) = both.written
+    assert Written(*written).same == 1
+    both = twice(monkeypatch, word, write(8), write(9))
+    with pytest.raises(AssertionError, match=r"argument 1\[1\]: \[8\] on the GPU, \[9\] emulated"):
+        both.launch(INSTANCE, (1,), args)
+
+
+def test_rows_of_an_adapter_may_come_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    word = np.zeros(1, np.uint32).view(OnDevice)
+    args: list[Any] = [None] * 4
+    args += [np.zeros(3, np.int32).view(OnDevice) for _ in range(2)]  # places, rows
+
+    def write(*rows: int) -> Any:
+        def launch(*args: Any) -> None:
+            args[4][:], args[5][:] = rows[::-1], rows
+
+        return launch
+
+    route = tiles.sgmv_route_items()
+    twice(monkeypatch, word, write(3, 1, 2), write(1, 2, 3)).launch(route, (1,), args)
+    with pytest.raises(AssertionError, match="argument 5: "):
+        twice(monkeypatch, word, write(3, 1, 1), write(1, 2, 3)).launch(route, (1,), args)
