@@ -166,13 +166,14 @@ constexpr int kExpandBlocks = kRowBlocks > 2                ? 2
 // h goes to shared memory as the terms and fragments that the MMAs want, kMaxSteps times 16 ranks at a time. Items of
 // 64 rows have h in one part.
 //
-// After shrink it starts before that has ended, and then reads all but h.
+// After shrink it starts before that has ended, and then reads all but h. Nothing is __restrict__: what the kernels
+// before write would be read ahead of the wait for them.
 template <typename T, typename Out, int kItemRows, int kRowBlocks, bool kAligned>
 __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kRowBlocks, kAligned>))
-    sgmv_expand_kernel(const float* __restrict__ h,  // [parts, total_tokens, h_stride]
+    sgmv_expand_kernel(const float* h,  // [parts, total_tokens, h_stride]
                        const __grid_constant__ ExpandSlices<T, Out> slices,
-                       const int* __restrict__ rows,   // [max_items, kItemRows]
-                       const int* __restrict__ items,  // [1 + max_items, 4]
+                       const int* rows,   // [max_items, kItemRows]
+                       const int* items,  // [1 + max_items, 4]
                        int total_tokens, int num_slices, int column_blocks, int parts, int h_stride,
                        bool is_after_shrink) {
   constexpr int kEights = kItemRows / 8, kStages = kEights / kRowBlocks;
@@ -197,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kR
   auto* const places = shared.take<unsigned>(kItemRows);  // the item's rows
   if (!is_after_shrink) griddepcontrol_wait();
   const int units = num_items(items) * column_blocks;
+  if (units == 0) griddepcontrol_wait();  // nobody else would
 
   const int first_unit = static_cast<int>(static_cast<long long>(units) * blockIdx.x / gridDim.x);
   const int last_unit = static_cast<int>(static_cast<long long>(units) * (blockIdx.x + 1) / gridDim.x);

@@ -52,15 +52,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                             int item_rows) {
   __shared__ int sums[kWarps];
   __shared__ int bad;
-  int* first_groups = scratch;  // [max_num_loras], the first group of each slot
-  int* item_starts =
-      first_groups + max_num_loras;   // [classes], the first item of each class; before, its rows
-  int* ends = item_starts + classes;  // [classes], where the class's next group goes
+  int* first_groups = scratch;                // [max_num_loras], the first group of each slot
+  int* sizes = first_groups + max_num_loras;  // [classes], rows of each class
+  int* ends = sizes + classes;                // [classes], where the class's next group goes
 
   // Offsets that cannot be followed.
   if (threadIdx.x == 0) bad = 0;
   for (int s = threadIdx.x; s < max_num_loras; s += kThreads) first_groups[s] = groups;
-  for (int c = threadIdx.x; c < classes; c += kThreads) item_starts[c] = 0;
+  for (int c = threadIdx.x; c < classes; c += kThreads) sizes[c] = 0;
   __syncthreads();
   for (int g = threadIdx.x; g <= groups; g += kThreads) {
     const bool good = g == 0 ? offsets[0] == 0 : offsets[g - 1] <= offsets[g];
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   for (int g = threadIdx.x; g < groups; g += kThreads) {
     const int c = class_of(g);
-    if (c >= 0) atomicAdd(&item_starts[c], offsets[g + 1] - offsets[g]);
+    if (c >= 0) atomicAdd(&sizes[c], offsets[g + 1] - offsets[g]);
   }
   __syncthreads();
 
@@ -97,12 +96,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int chunk = ceil_div(classes, kThreads);
   const int begin = min(static_cast<int>(threadIdx.x) * chunk, classes), end = min(begin + chunk, classes);
   int item = 0, all_items = 0;
-  for (int c = begin; c < end; ++c) item += ceil_div(item_starts[c], item_rows);
+  for (int c = begin; c < end; ++c) item += ceil_div(sizes[c], item_rows);
   item = sum_before(item, sums, all_items);
   for (int c = begin; c < end; ++c) {
-    const int size = item_starts[c];
+    const int size = sizes[c];
     const int slot = c < max_num_loras ? c : size > 0 ? ids[c - max_num_loras] : -1;
-    item_starts[c] = item;
     ends[c] = item * item_rows;
     for (int done = 0; done < size; done += item_rows, ++item) {
       const int bound =

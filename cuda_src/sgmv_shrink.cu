@@ -73,14 +73,16 @@ constexpr int kShrinkBlocks = !kAligned                       ? 1
 // block makes one part of some ranks of some rows of an item, kStages tiles on their way. Columns of h past the
 // rank become 0, to the end of its block of 16. With counters, which are 0 before and after, the last part's block
 // adds up all parts of its ranks, into the first.
+//
+// Nothing is __restrict__: what the kernels before write would be read ahead of the wait for them.
 template <typename T, int kRankBlocks, int kRowBlocks, int kStages, bool kAligned>
 __global__ void __launch_bounds__(kThreads, (kShrinkBlocks<T, kRankBlocks, kRowBlocks, kStages, kAligned>))
-    sgmv_shrink_kernel(const T* __restrict__ x,  // [total_tokens, in_dim]
+    sgmv_shrink_kernel(const T* x,  // [total_tokens, in_dim]
                        const __grid_constant__ ShrinkSlices<T> slices,
-                       const int* __restrict__ rows,   // [max_items, item_rows]
-                       const int* __restrict__ items,  // [1 + max_items, 4]
-                       float* h,                       // [parts, total_tokens, h_stride]
-                       int* counters,                  // [row tiles, max_chunks] or null
+                       const int* rows,   // [max_items, item_rows]
+                       const int* items,  // [1 + max_items, 4]
+                       float* h,          // [parts, total_tokens, h_stride]
+                       int* counters,     // [row tiles, max_chunks] or null
                        int total_tokens, int in_dim, int num_slices, int rank_blocks, int parts,
                        int item_rows, int h_stride, int max_chunks) {
   constexpr int kBlockR = 16 * kRankBlocks, kBlockM = 8 * kRowBlocks, kTileRows = kBlockR + kBlockM;

@@ -96,6 +96,15 @@ def check_rows(**arrays: Any) -> None:
             )
 
 
+def check_whole_strides(**arrays: Any) -> None:
+    """Each array's strides are whole elements, else `ValueError`."""
+    for name, array in arrays.items():
+        if any(stride % array.dtype.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name} must have strides of whole elements, got strides {tuple(array.strides)}"
+            )
+
+
 def check_rows_apart(**arrays: Any) -> None:
     """As `check_rows`, and no two rows share memory."""
     check_rows(**arrays)
@@ -116,23 +125,22 @@ def check_aligned_rows(**arrays: Any) -> None:
 
 def check_disjoint(name: str, a: Any, b: Any) -> None:
     """No element of one array is one of the other's, else `ValueError`."""
-    if np.shares_memory(_addresses(a), _addresses(b)):
+    memory_a, memory_b = np.asarray(_Memory(a)), np.asarray(_Memory(b))
+    if np.may_share_memory(memory_a, memory_b) and np.shares_memory(memory_a, memory_b):
         raise ValueError(f"{name} must be arrays that do not overlap")
 
 
-def _addresses(array: Any) -> np.ndarray[Any, Any]:
-    """The memory of an array on any device as NumPy sees it; not to be read."""
+class _Memory:
+    """The memory of an array on any device, for NumPy's arithmetic of addresses; not to be read."""
 
-    class Memory:
-        __array_interface__ = {  # noqa: RUF012
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = {
             "data": (address_of(array), True),
             "shape": array.shape,
             "strides": array.strides,
             "typestr": f"|V{array.dtype.itemsize}",
             "version": 3,
         }
-
-    return np.asarray(Memory())
 
 
 def check_same_place(**arrays: Any) -> None:

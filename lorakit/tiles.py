@@ -68,11 +68,6 @@ def sgmv_item_rows(total_tokens: int, max_adapters: int) -> int:
     return 64 if total_tokens >= max(2048, 64 * max_adapters) else 16
 
 
-def sgmv_max_items(total_tokens: int, max_adapters: int) -> int:
-    """Work items of any batch of so many rows and adapters: each adapter's last item may not be full."""
-    return total_tokens // sgmv_item_rows(total_tokens, max_adapters) + max_adapters
-
-
 @functools.cache
 def sgmv_route_items() -> Instance:
     """One block."""
@@ -89,7 +84,7 @@ def sgmv_route_rows() -> Instance:
 def sgmv_shrink(
     dtype: Any, rank_blocks: int, item_rows: int, aligned: bool, few: bool = False
 ) -> Instance:
-    """All rows of an item at once.
+    """As many rows of an item at once as pay.
 
     Args:
         aligned: Rows of x and A are whole 16-byte vectors.

@@ -65,6 +65,28 @@ def test_instance(
     record_property("kernel", (instance.name, arch, numbers))
 
 
+@pytest.mark.parametrize(
+    "instance", [instance for instance in tiles.instances() if instance.early], ids=short
+)
+@pytest.mark.usefixtures("nvrtc")
+def test_early_kernels_read_nothing_ahead(instance: tiles.Instance) -> None:
+    """ptxas moves a load that says its memory never changes above the wait for who writes it."""
+    from cupy._core.core import assemble_cupy_compiler_options
+    from cupy.cuda import nvrtc
+
+    flags = assemble_cupy_compiler_options(("-std=c++17", f"-I{jit.sources()}"))
+    program = nvrtc.createProgram(jit.program(instance.source), "program.cu", (), ())
+    try:
+        nvrtc.addNameExpression(program, instance.name)
+        nvrtc.compileProgram(program, (*flags, "--gpu-architecture=compute_90"))
+        ptx = nvrtc.getPTX(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    text = ptx if isinstance(ptx, str) else ptx.decode()
+    assert "griddepcontrol.wait" in text
+    assert "ld.global.nc" not in text
+
+
 def test_report_sees_spills_and_warnings() -> None:
     """The reader of the report fails on what the gate is there for."""
     clean = (

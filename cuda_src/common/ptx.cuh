@@ -62,8 +62,8 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// PTX ISA, griddepcontrol.wait: wait until the kernels before this one have ended and their writes are seen. For a
-// kernel that was launched to start before they end; nothing otherwise, nor before sm_90.
+// PTX ISA, griddepcontrol.wait: wait until the kernel before this one has ended, and so those that it waited for, and
+// their writes are seen. For a kernel that was launched to start before that; nothing otherwise, nor before sm_90.
 __device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");

@@ -147,7 +147,7 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
         if info is None:
             raise ValueError("set_lora_batch_info must be called on q_proj before fused_qkv_lora")
         step = AttentionStep.checked(self, layer_idx, x, kv_collection, input_row_offsets)
-        info.check_rows(len(step.x))
+        info.check_rows(step.x, min(lora.max_num_loras for lora in loras))
         biases = tuple(lora.lora_bias for lora in loras)
         return ops.sgmv_qkv_lora(
             step.x,
@@ -165,11 +165,10 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
         )
 
     def _check_adapters(self, step: AttentionStep) -> None:
-        rows = len(step.x)
         if (info := self._qkv_info()) is not None:
-            info.check_rows(rows)
+            info.check_rows(step.x, min(lora.max_num_loras for lora in self.qkv_loras))
         if isinstance(self.o_proj, LinearLoRA) and self.o_proj.batch_info is not None:
-            self.o_proj.batch_info.check_rows(rows)
+            self.o_proj.batch_info.check_rows(step.x, self.o_proj.max_num_loras)
 
     def _check_output(self) -> None:
         super()._check_output()

@@ -9,11 +9,11 @@ import numpy as np
 from lorakit import checks
 from lorakit.nn.arrays import Array, as_any_array, as_metadata
 from lorakit.nn.device import DeviceRef
-from lorakit.ops.sgmv_route import LoRARoute, check_route_arrays
+from lorakit.ops.sgmv_route import LoRARoute, check_route, check_route_arrays
 
 
 class BatchInfo(NamedTuple):
-    """What `LinearLoRA.set_lora_batch_info` keeps.
+    """What `LinearLoRA.set_lora_batch_info` keeps: on the device, but with a route where its arrays are.
 
     Attributes:
         lora_ids: ``[groups]`` int32.
@@ -77,7 +77,13 @@ class BatchInfo(NamedTuple):
         check_route_arrays(route, (ids, ranks, offsets))
         return cls(ids, ranks, offsets, host_offsets, route)
 
-    def check_rows(self, rows: int) -> None:
-        """`ValueError` if the groups end past the last row, as far as the host knows."""
+    def check_rows(self, rows: Array, max_num_loras: int) -> None:
+        """`ValueError` if the groups end past the last row, as far as the host knows.
+
+        Raises:
+            ValueError, TypeError: As well, the route is of other rows, slots or another device.
+        """
+        segments = (self.lora_ids, self.lora_ranks, self.lora_grouped_offsets)
+        check_route(self.route, rows, segments, max_num_loras)
         if self.host_offsets is not None:
-            checks.check_offsets("lora_grouped_offsets", self.host_offsets, rows, exact=False)
+            checks.check_offsets("lora_grouped_offsets", self.host_offsets, len(rows), exact=False)

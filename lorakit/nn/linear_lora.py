@@ -154,7 +154,7 @@ class LinearLoRA(Linear, SupportsLoRA):
         if self.batch_info is None:
             raise ValueError("set_lora_batch_info must be called before apply_lora")
         rows, leading = self._rows(x)
-        self.batch_info.check_rows(len(rows))
+        self.batch_info.check_rows(rows, self.max_num_loras)
         y = self._base(rows)
         self.add_delta(rows, y, self.batch_info)
         return y.reshape(*leading, self.out_dim)

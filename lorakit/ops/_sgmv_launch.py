@@ -24,6 +24,7 @@ def lora(
     route: LoRARoute,
 ) -> None:
     """Add each slice's delta to its `y`: any number of slices, as many as fit in a launch."""
+    slot_ranks = [signed(backend, ranks) for ranks in slot_ranks]
     for first in range(0, len(y), tiles.SGMV_MAX_SLICES):
         some = slice(first, first + tiles.SGMV_MAX_SLICES)
         width = sum(16 * _blocks(a) for a in lora_a[some])
@@ -31,7 +32,7 @@ def lora(
         h, columns = shrink(backend, h, x, lora_a[some], slot_ranks[some], route)
         slices = zip(y[some], columns, lora_b[some], slot_ranks[some], bias[some], strict=True)
         for _, same_dtype in itertools.groupby(slices, lambda of: of[0].dtype):
-            expand(backend, h, list(same_dtype), route)
+            expand(backend, h, list(same_dtype), route, after_shrink=width > 0)
 
 
 def parts(x: Any) -> int:
@@ -62,6 +63,8 @@ def shrink(
     Returns:
         What of `h` is left to add up, and the first column of each slice.
     """
+    if h.shape[2] == 0:
+        return h, [0] * len(lora_a)
     in_dim, itemsize = x.shape[1], x.dtype.itemsize
     aligned = in_dim * itemsize % 16 == 0 and all(
         a.strides[2] == itemsize and checks.is_aligned(x, a) for a in lora_a

@@ -52,11 +52,12 @@ def sgmv_shrink(
     backend = jit.backend_of(x)
     if backend is None:
         return reference.sgmv_shrink(x, lora_a, *segments, slot_ranks=slot_ranks)
-    h = backend.zeros((_sgmv_launch.parts(x), x.shape[0], lora_a.shape[1]), np.float32)
+    h = backend.empty((_sgmv_launch.parts(x), x.shape[0], lora_a.shape[1]), np.float32)
+    h[0].fill(0)
     route = route or make_route(x, segments, lora_a.shape[0])
     if route.items is not None:
         _sgmv_launch.shrink(backend, h, x, [lora_a], [slot_ranks], route, whole=True)
-    return h[0]
+    return h[0] if len(h) == 1 else h[0].copy()
 
 
 def sgmv_expand(
@@ -98,6 +99,8 @@ def sgmv_expand(
     checks.check_dtype((np.float32,), h=h)
     checks.check_vectors(h=h)
     _check_expand("h", h, lora_b, segments, slot_ranks, bias, add_to)
+    if add_to is not None:
+        checks.check_disjoint("h and add_to", h, add_to)
     check_route(route, h, segments, lora_b.shape[0])
     backend = jit.backend_of(h)
     if backend is None:
@@ -161,7 +164,8 @@ def sgmv_lora_slices(
 ) -> tuple[Any, ...]:
     """`sgmv_lora` for several outputs of one input, such as gate and up: x is read once.
 
-    Three slices share a launch. Each has its own A, B, rank and width, and the same bits as by itself.
+    Up to three slices share a launch. Each has its own A, B, rank and width, and the same bits as by itself.
+    Scratch memory is a float32 for each row, each rank of a launch and each 1024 columns of in_dim.
 
     Args:
         x: ``[total_tokens, in_dim]``.
@@ -170,8 +174,8 @@ def sgmv_lora_slices(
         lora_b: An array ``[max_num_loras, out_dim, max_lora_rank]`` for each slice.
         lora_ids, lora_ranks, lora_grouped_offsets, route: As in `sgmv_shrink`.
         slot_ranks, bias: An array or None for each slice, as in `sgmv_expand`; or None.
-        add_to: An array for each slice, as in `sgmv_expand`, all of one dtype and none over another;
-            or None.
+        add_to: An array for each slice, as in `sgmv_expand`, all of one dtype and none over another, nor
+            over x if there are several; or None.
 
     Returns:
         The result of each slice, ``[total_tokens, out_dim]``.
@@ -179,34 +183,38 @@ def sgmv_lora_slices(
     Raises:
         ValueError, TypeError: Naming the argument; nothing was written.
     """
-    count = len(lora_a)
+    count = _count("lora_a", lora_a)
     if not count:
         raise ValueError("lora_a must have at least one array, got none")
     slot_ranks, bias = ((None,) * count if given is None else given for given in (slot_ranks, bias))
     _check_counts(f"{count} arrays", count, lora_b=lora_b, slot_ranks=slot_ranks, bias=bias)
-    targets = () if add_to is None else add_to
     if add_to is not None:
         _check_counts(f"{count} arrays", count, add_to=add_to)
         for y in add_to:
             checks.check_shapes(add_to=(y, "total_tokens out_dim"))
+    targets: list[Any] = [None] * count if add_to is None else list(add_to)
     segments = (lora_ids, lora_ranks, lora_grouped_offsets)
     for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        _check_lora(x, a, b, segments, slot_ranks[i], bias[i], targets[i] if targets else None)
+        _check_lora(x, a, b, segments, slot_ranks[i], bias[i], targets[i])
     slots = min(a.shape[0] for a in lora_a)
     check_route(route, x, segments, slots)
-    for one, other in itertools.combinations(targets, 2):
-        checks.check_dtype((one.dtype,), add_to=other)
-        checks.check_disjoint("add_to", one, other)
+    if add_to is not None:
+        for one, other in itertools.combinations(targets, 2):
+            checks.check_dtype((one.dtype,), add_to=other)
+            checks.check_disjoint("add_to", one, other)
+        for y in targets if count > 1 else ():
+            checks.check_disjoint("x and add_to", x, y)
     backend = jit.backend_of(x)
     if backend is None:
         return reference.sgmv_lora_slices(
             x, lora_a, lora_b, *segments, slot_ranks=slot_ranks, bias=bias, add_to=add_to
         )
-    results = tuple(targets or (backend.zeros((x.shape[0], b.shape[1]), x.dtype) for b in lora_b))
+    if add_to is None:
+        targets = [backend.zeros((x.shape[0], b.shape[1]), x.dtype) for b in lora_b]
     route = route or make_route(x, segments, slots)
     if route.items is not None:
-        _sgmv_launch.lora(backend, x, lora_a, lora_b, slot_ranks, bias, results, route)
-    return results
+        _sgmv_launch.lora(backend, x, lora_a, lora_b, slot_ranks, bias, targets, route)
+    return tuple(targets)
 
 
 def sgmv_qkv_lora(
@@ -309,8 +317,14 @@ def _negative_zeros(backend: jit.Backend, shape: tuple[int, int]) -> Any:
 
 def _check_counts(wanted: str, count: int, **sequences: Sequence[Any]) -> None:
     for name, sequence in sequences.items():
-        if len(sequence) != count:
-            raise ValueError(f"{name} must have {wanted}, got {len(sequence)}")
+        if (found := _count(name, sequence)) != count:
+            raise ValueError(f"{name} must have {wanted}, got {found}")
+
+
+def _count(name: str, sequence: Any) -> int:
+    if not isinstance(sequence, Sequence) and not getattr(sequence, "shape", ()):
+        raise TypeError(f"{name} must be a sequence of arrays, got {type(sequence).__name__}")
+    return len(sequence)
 
 
 def _check_lora(
@@ -336,6 +350,7 @@ def _check_shrink(x: Any, lora_a: Any, segments: Segments, slot_ranks: Any) -> N
     checks.check_dtype((x.dtype,), lora_a=lora_a)
     checks.check_same_place(x=x, lora_a=lora_a)
     checks.check_vectors(x=x)
+    checks.check_whole_strides(lora_a=lora_a)
     check_segments(x, *segments, max_num_loras=sizes["max_num_loras"], slot_ranks=slot_ranks)
 
 
@@ -351,6 +366,7 @@ def _check_expand(
     rows, (max_num_loras, out_dim, _) = rows_of.shape[0], lora_b.shape
     checks.check_dtype(STORAGE, lora_b=lora_b)
     checks.check_same_place(**{name: rows_of, "lora_b": lora_b})
+    checks.check_whole_strides(lora_b=lora_b)
     if bias is not None:
         checks.check_shapes(bias=(bias, f"{max_num_loras} {out_dim}"))
         checks.check_dtype((lora_b.dtype,), bias=bias)
@@ -361,4 +377,5 @@ def _check_expand(
         checks.check_dtype((lora_b.dtype, np.float32), add_to=add_to)
         checks.check_same_place(lora_b=lora_b, add_to=add_to)
         checks.check_rows_apart(add_to=add_to)
+        checks.check_whole_strides(add_to=add_to)
     check_segments(rows_of, *segments, max_num_loras=max_num_loras, slot_ranks=slot_ranks)

@@ -26,7 +26,9 @@ class LoRARoute:
             adapter, as cuda_src/sgmv_route.cu lays them out. None on the CPU and where no row can have
             an adapter.
         rows: ``[max_items, item_rows]`` int32, the rows of each item; or None.
-        counters: int32 zeros, in which the blocks of a launch count each other; or None.
+        counters: int32 zeros, in which the blocks of a launch count each other: a route serves one stream
+            at a time. Or None.
+        values: Copies of the metadata that was on the host, which may not change while the route is used.
     """
 
     lora_ids: Any
@@ -38,6 +40,7 @@ class LoRARoute:
     items: Any = None
     rows: Any = None
     counters: Any = None
+    values: tuple[Any, ...] = (None, None, None)
 
     @property
     def item_rows(self) -> int:
@@ -92,13 +95,14 @@ def check_route_arrays(route: Any, segments: Segments) -> None:
     """It is a route, and made from these arrays."""
     if not isinstance(route, LoRARoute):
         raise TypeError(f"route must be made by sgmv_route, got {type(route).__name__}")
-    for name, array in zip(
-        ("lora_ids", "lora_ranks", "lora_grouped_offsets"), segments, strict=True
-    ):
+    names = ("lora_ids", "lora_ranks", "lora_grouped_offsets")
+    for name, array, values in zip(names, segments, route.values, strict=True):
         if not _is_same(array, getattr(route, name)):
             raise ValueError(
                 f"route must be made from this {name}, got one made from another array"
             )
+        if values is not None and not np.array_equal(values, array):
+            raise ValueError(f"{name} must be as it was when route was made, got other values")
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -114,13 +118,13 @@ def make_route(x: Any, segments: Segments, max_num_loras: int) -> LoRARoute:
     lora_ids, lora_ranks, lora_grouped_offsets = segments
     total_tokens, groups = x.shape[0], lora_ids.shape[0]
     backend, what = jit.backend_of(x), (*segments, total_tokens, max_num_loras, jit.place_of(x))
+    values = tuple(array.copy() if jit.is_host(array) else None for array in segments)
     if backend is None or total_tokens == 0 or groups == 0 or max_num_loras == 0:
-        return LoRARoute(*what)
+        return LoRARoute(*what, values=values)
     # Each slot, and each group of another bound of the rank than its slot's first, is a class of its own.
     classes = max_num_loras + (0 if lora_ranks is None else groups)
-    adapters = min(total_tokens, groups, classes)
-    item_rows = tiles.sgmv_item_rows(total_tokens, adapters)
-    max_items = tiles.sgmv_max_items(total_tokens, adapters)
+    item_rows = tiles.sgmv_item_rows(total_tokens, min(groups, max_num_loras))
+    max_items = total_tokens // item_rows + min(total_tokens, groups, classes)
     items = backend.zeros((1 + max_items, 4), np.int32)
     rows = backend.zeros((max_items, item_rows), np.int32)
     counters = backend.zeros((max_items * item_rows // 8, tiles.SGMV_COUNTERS), np.int32)
@@ -148,4 +152,4 @@ def make_route(x: Any, segments: Segments, max_num_loras: int) -> LoRARoute:
     if not is_small:
         grid = (-(-total_tokens // tiles.SGMV_ROUTE_THREADS),)
         backend.launch(tiles.sgmv_route_rows(), grid, [offsets, places, rows, total_tokens, groups])
-    return LoRARoute(*what, items, rows, counters)
+    return LoRARoute(*what, items, rows, counters, values)

@@ -410,6 +410,23 @@ def test_a_route_for_all_four(device: DeviceRef, to_device: Any, to_host: Any) -
         assert alone.tobytes() == with_route.tobytes()
 
 
+def test_a_route_that_does_not_fit_is_refused_before_the_cache(
+    device: DeviceRef, to_device: Any, to_host: Any
+) -> None:
+    s = with_adapters(device)
+    x = s.tokens(30, 5)
+    claim(s.manager, ["a"])
+    batch = build_lora_batch([2], offsets(5), RANKS, device=device)
+    for projection in ("o_proj", "q_proj"):
+        s.layer.set_lora_batch_info(*batch)
+        route = ops.sgmv_route(to_device(x), *batch, max_num_loras=99)
+        getattr(s.layer, projection).set_lora_batch_info(*batch, route=route)
+        before = to_host(s.manager.blocks).copy()
+        with pytest.raises(ValueError, match="route must be made for max_num_loras = 8, got 99"):
+            run(s, ["a"], [x], to_device, to_host)
+        assert to_host(s.manager.blocks).tobytes() == before.tobytes()
+
+
 def test_ids_must_be_slots_of_all_four(device: DeviceRef) -> None:
     """The device would take a slot that one projection lacks for base rows there."""
 

@@ -62,15 +62,15 @@ class SgmvCase:
         return FLOAT32 if self.y_float32 else self.dtype
 
     @property
-    def max_adapters(self) -> int:
-        """Slots, and groups with a rank of their own."""
-        bounds = len(self.groups) if self.ranks_from in ("groups", "both") else 0
-        return min(self.rows, len(self.groups), self.slots + bounds)
-
-    @property
     def item_rows(self) -> int:
         """Rows of a work item."""
-        return tiles.sgmv_item_rows(self.rows, self.max_adapters)
+        return tiles.sgmv_item_rows(self.rows, min(len(self.groups), self.slots))
+
+    @property
+    def max_items(self) -> int:
+        """Each slot's, and each group's of a rank of its own, last item may not be full."""
+        bounds = len(self.groups) if self.ranks_from in ("groups", "both") else 0
+        return self.rows // self.item_rows + min(self.rows, len(self.groups), self.slots + bounds)
 
     def route_instances(self) -> set[Instance]:
         if not (self.rows and self.groups):
@@ -82,11 +82,8 @@ class SgmvCase:
         if not (self.rows and self.groups):
             return set()
         aligned = self.in_dim * self.dtype.itemsize % 16 == 0 and self.a == "plain"
-        blocks, max_items = (
-            -(-self.rank // 16),
-            tiles.sgmv_max_items(self.rows, self.max_adapters),
-        )
-        few = tiles.sgmv_is_few(max_items, blocks, -(-self.in_dim // 1024))
+        blocks = -(-self.rank // 16)
+        few = tiles.sgmv_is_few(self.max_items, blocks, -(-self.in_dim // 1024))
         shrink = tiles.sgmv_shrink(self.dtype, blocks, self.item_rows, aligned, few)
         return self.route_instances() | {shrink}
 

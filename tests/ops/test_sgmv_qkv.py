@@ -47,9 +47,8 @@ class Case(CacheCase):
         if not self.total_tokens:
             return set()
         blocks = sum(-(-rank // 16) for rank in self.ranks)
-        adapters = min(self.total_tokens, len(self.groups), 4 + len(self.groups))
-        item_rows = tiles.sgmv_item_rows(self.total_tokens, adapters)
-        max_items = tiles.sgmv_max_items(self.total_tokens, adapters)
+        item_rows = tiles.sgmv_item_rows(self.total_tokens, min(len(self.groups), 4))
+        max_items = self.total_tokens // item_rows + min(self.total_tokens, len(self.groups), 4)
         few = tiles.sgmv_is_few(max_items, blocks, -(-self.in_dim // 1024))
         return {
             tiles.sgmv_route_items(),

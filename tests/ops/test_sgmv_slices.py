@@ -119,6 +119,51 @@ def test_slices_that_overlap(kernels: KernelDevice, rng: np.random.Generator) ->
     assert_bitwise_equal(whole, before)
 
 
+def test_results_over_inputs(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """x is read by each launch, and h by each block."""
+    given = Slices(kernels, np.dtype(np.float32), rng)
+    wide = kernels.asarray(rng.standard_normal((ROWS, IN_DIM + WIDTHS[1])).astype(np.float32))
+    given.x = wide[:, :IN_DIM].copy()
+    over_x = given.x[:, : WIDTHS[1]]
+    others = [given.lora_a[1], given.lora_b[1]]
+    with pytest.raises(ValueError, match="x and add_to must be arrays that do not overlap"):
+        ops.sgmv_lora_slices(
+            given.x,
+            [others[0], others[0]],
+            [others[1], others[1]],
+            *given.groups,
+            add_to=[over_x, given.targets(2)[1]],
+        )
+    h = kernels.asarray(np.ones((ROWS, 9), np.float32))
+    b = kernels.asarray(np.ones((SLOTS, 9, 9), np.float32))
+    with pytest.raises(ValueError, match="h and add_to must be arrays that do not overlap"):
+        ops.sgmv_expand(h, b, *given.groups, add_to=h)
+
+
+@each_dtype
+def test_a_rank_of_nothing(dtype: Any, kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """Adapters stored at rank 0 add their bias alone, by themselves and beside others."""
+    given = Slices(kernels, dtype, rng)
+    none = kernels.asarray(np.zeros((SLOTS, 0, IN_DIM), dtype))
+    b = kernels.asarray(np.zeros((SLOTS, WIDTHS[0], 0), dtype))
+    assert ops.sgmv_shrink(given.x, none, *given.groups).shape == (ROWS, 0)
+    bias = kernels.to_host(given.bias[0])
+    slots = np.repeat([slot for slot, _ in GROUPS], [rows for _, rows in GROUPS])
+    expected = np.where(slots[:, np.newaxis] < 0, 0, bias[slots]).astype(dtype)
+    alone = ops.sgmv_lora(given.x, none, b, *given.groups, bias=given.bias[0])
+    assert_bitwise_equal(alone, expected)
+    both = ops.sgmv_lora_slices(
+        given.x,
+        [none, given.lora_a[1]],
+        [b, given.lora_b[1]],
+        *given.groups,
+        slot_ranks=[None, given.slot_ranks[1]],
+        bias=[given.bias[0], None],
+    )
+    assert_bitwise_equal(both[0], expected)
+    assert_bitwise_equal(both[1], given.apart(2)[1])
+
+
 def test_fewer_slots_of_one_slice(kernels: KernelDevice, rng: np.random.Generator) -> None:
     """A slot that not all slices have is a bad one, on the device too."""
     given = Slices(kernels, bfloat16, rng)
@@ -155,6 +200,19 @@ def test_a_route_of_host_metadata(kernels: KernelDevice, rng: np.random.Generato
     route = ops.sgmv_route(given.x, *given.groups, max_num_loras=SLOTS)
     for y, alone in zip(given.together(2, route=route), expected, strict=True):
         assert_bitwise_equal(y, alone)
+    given.groups[0][0] = 1
+    with pytest.raises(ValueError, match="lora_ids must be as it was when route was made, got oth"):
+        given.together(2, route=route)
+
+
+def test_items_do_not_shrink_with_many_groups_of_known_rank(kernels: KernelDevice) -> None:
+    """Each group might have a rank of its own, but a tile is chosen for adapters."""
+    x = kernels.asarray(np.zeros((8192, 8), np.float32))
+    ids = np.arange(256, dtype=np.int32) % 8
+    offsets = row_offsets([32] * 256)
+    for ranks in (None, np.full(256, 4, np.uint32)):
+        route = ops.sgmv_route(x, ids, ranks, offsets, max_num_loras=8)
+        assert route.item_rows == 64
 
 
 def test_an_empty_route(kernels: KernelDevice, rng: np.random.Generator) -> None:

@@ -114,6 +114,15 @@ def one_row(array: NDArray[Any]) -> NDArray[Any]:
     return np.lib.stride_tricks.as_strided(array, strides=(0, *array.strides[1:]))
 
 
+def odd_strides(array: NDArray[Any]) -> NDArray[Any]:
+    """The same array, elements of the last axis a byte more apart than they are large."""
+    shape, size = array.shape, array.dtype.itemsize + 1
+    strides = (shape[1] * shape[2] * size, shape[2] * size, size)
+    view = np.ndarray(shape, array.dtype, np.zeros(array.size * size, np.uint8), strides=strides)
+    view[...] = array
+    return view
+
+
 def in_type(dtype: Any) -> Callable[[NDArray[Any]], NDArray[Any]]:
     return lambda array: array.astype(dtype)
 
@@ -143,6 +152,12 @@ REFUSALS = (
     R("sgmv_lora_slices", "lora_a", last(ones(SLOTS, 5, 23)), "lora_a has in_dim = 23, but x has"),
     R("sgmv_lora_slices", "lora_b", last(ones(SLOTS, 7, 6)), "has max_lora_rank = 6, but lora_a"),
     R("sgmv_lora_slices", "add_to", last(None), "add_to must be an array .*, got NoneType", T),
+    R("sgmv_lora_slices", "lora_a", iter([1]), "lora_a must be a sequence of .*, got list_iter", T),
+    R("sgmv_lora_slices", "lora_b", None, "lora_b must be a sequence of arrays, got NoneType", T),
+    R("sgmv_lora_slices", "bias", iter([1]), "bias must be a sequence of arrays, got list_iter", T),
+    R("sgmv_lora_slices", "add_to", 3, "add_to must be a sequence of arrays, got int", T),
+    R("sgmv_lora", "lora_a", odd_strides, "lora_a must have strides of whole elements, got"),
+    R("sgmv_lora", "lora_b", odd_strides, "lora_b must have strides of whole elements, got"),
     R("sgmv_lora_slices", "route", 3, "route must be made by sgmv_route, got int", T),
     R("sgmv_route", "x", 3, r"x must be an array \[total_tokens, ...\], got int", T),
     R("sgmv_route", "max_num_loras", 3.0, "max_num_loras must be an integer, got float", T),
@@ -366,7 +381,7 @@ def test_refusal(case: Refusal) -> None:
         arguments[name] = value
     added = arguments.get("add_to")
     added = added if isinstance(added, list) else [added]
-    writable = [array for array in (cache and cache.blocks, *added) if array is not None]
+    writable = [a for a in (cache and cache.blocks, *added) if isinstance(a, np.ndarray)]
     before = [array.copy() for array in writable]
     with pytest.raises(case.error, match=case.message):
         getattr(ops, case.op)(**arguments)
