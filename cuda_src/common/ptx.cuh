@@ -10,7 +10,7 @@ __device__ inline unsigned shared_address(const void* pointer) {
 }
 
 // PTX ISA, cp.async: copy 16 bytes from global to shared memory, bypassing L1. With source_bytes = 0
-// nothing is read and zeros are written, so `global` may point anywhere that is a valid address.
+// nothing is read and zeros are written, so `global` may lie outside of its array; it must be aligned all the same.
 __device__ inline void cp_async_16(void* shared, const void* global, int source_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
                "r"(source_bytes)

@@ -27,11 +27,11 @@ __global__ void division_kernel(int* out, int divisor) { out[0] = 100 / divisor;
 // Writes far from any array.
 __global__ void wild_kernel(float* x) { x[1ll << 40] = 1.0f; }
 
-// Copies 16 bytes from `offset` elements into x.
-__global__ void copy_kernel(float* x, int offset) {
+// Copies `bytes` of 16 from `offset` elements into x.
+__global__ void copy_kernel(float* x, int offset, int bytes) {
   SharedMemory memory;
   float* array = memory.take<float>(4);
-  cp_async_16(array, x + offset, 16);
+  cp_async_16(array, x + offset, bytes);
   cp_async_commit();
   cp_async_wait<0>();
   x[0] = array[0];

@@ -29,7 +29,6 @@ inline void cp_async_16(void* shared, const void* global, int source_bytes,
   if (size_t(shared) % 16 != 0 || !emulator::is_shared(shared, 16)) {
     emulator::fail(site, "cp_async_16: the destination %p is not 16-byte aligned shared memory", shared);
   }
-  static_cast<void>(*static_cast<const volatile unsigned char*>(global));  // a valid address even if nothing is read
   uint4 data = {0, 0, 0, 0};
   if (source_bytes == 16) {
     data = *static_cast<const uint4*>(global);
