@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, (kExpandBlocks<T, Out, kItemRows, kR
     };
     if (is_new && unit > first_unit) __syncthreads();  // h and its scales have been read
     if (is_half<T> && is_new) {
-      for (int eight = warp % kEights; eight < kEights; eight += kWarps) {
+      for (int eight = warp; eight < kEights; eight += kWarps) {
         float largest = 0.0f;
         for (int step = 0; step < steps; ++step) {
           float values[4];
