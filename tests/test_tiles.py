@@ -160,6 +160,9 @@ def test_numbers_that_ops_read_from_a_name() -> None:
     assert tiles.sgmv_item_rows(127, 127) == tiles.sgmv_item_rows(1, 1) == 8
     assert tiles.sgmv_item_rows(128, 1) == tiles.sgmv_item_rows(2048, 33) == 16
     assert tiles.sgmv_item_rows(2048, 32) == tiles.sgmv_item_rows(10**6, 4096) == 64
+    assert tiles.sgmv_item_rows(2047, 1) == 16
+    stages = {few: tiles.sgmv_shrink(np.float16, 1, 16, True, few).params[3] for few in (0, 1)}
+    assert stages == {0: "2", 1: "4"}
     assert tiles.sgmv_is_few(10, 16, 4)
     assert not tiles.sgmv_is_few(11, 16, 4)
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 128, 128, True)) == 8

@@ -200,6 +200,25 @@ def test_without_info_it_is_the_base_layer(device: DeviceRef, to_device: Any, to
     assert again.tobytes() == y.tobytes()
 
 
+@pytest.mark.parametrize("name", "qkv")
+def test_each_projection_has_ranks_of_its_own(
+    device: DeviceRef, to_device: Any, to_host: Any, name: str
+) -> None:
+    s = with_adapters(device)
+    x = s.tokens(30, 5)
+    getattr(s.layer, f"{name}_proj").set_slot_rank(2, 1)
+    claim(s.manager, ["a"])
+    set_batch(s, [2], [5])
+    (y,) = run(s, ["a"], [x], to_device, to_host)
+    adapter = adapter_of(s, 2, to_host)
+    whole = s.model.rows(x, adapter)
+    a, b = adapter[name]
+    adapter[name] = a[:1], b[:, :1]
+    exact = s.model.rows(x, adapter)
+    assert_within_budget(y, exact, exact)
+    assert np.abs(whole - exact).max() > 0.01
+
+
 def test_info_of_o_proj_alone(device: DeviceRef, to_device: Any, to_host: Any) -> None:
     s = with_adapters(device)
     x = s.tokens(30, 5)
