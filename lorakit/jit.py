@@ -41,6 +41,8 @@ class Backend(Protocol):
 
     @property
     def multiprocessors(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def zeros(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def full(self, shape: Sequence[int], dtype: Any, value: int) -> Any: ...
@@ -268,6 +270,11 @@ class CupyBackend:
     @functools.cached_property
     def multiprocessors(self) -> int:
         return int(self._device.attributes["MultiProcessorCount"])
+
+    @functools.cached_property
+    def shared_bytes(self) -> int:
+        """Shared memory that a block may have."""
+        return int(self._device.attributes["MaxSharedMemoryPerBlockOptin"])
 
     @functools.cached_property
     def _compute_capability(self) -> int:

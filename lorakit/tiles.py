@@ -30,6 +30,9 @@ SGMV_MAX_SLICES = 3  # outputs of one launch
 SGMV_FEW_BLOCKS = 640  # of shrink: a handful for each multiprocessor of a large GPU
 SGMV_COUNTERS = 32  # of eight rows
 SGMV_ROUTE_THREADS = 1024
+LEAST_SHARED_BYTES = (
+    99 * 1024
+)  # that a block may have on every GPU from sm_80 on: sm_86, sm_89, sm_120
 KV_THREADS = 256
 ROPE_THREADS = 256
 
@@ -65,7 +68,10 @@ def sgmv_item_rows(total_tokens: int, max_adapters: int) -> int:
     """Rows of a work item, for as many adapters at most: few for decode, where each has a row or two."""
     if total_tokens < 128:
         return 8
-    return 64 if total_tokens >= max(2048, 64 * max_adapters) else 16
+    for rows, least in ((128, 4096), (64, 2048)):
+        if total_tokens >= max(least, rows * max_adapters):
+            return rows
+    return 16
 
 
 @functools.cache
@@ -87,30 +93,41 @@ def sgmv_shrink(
     """As many rows of an item at once as pay.
 
     Args:
+        rank_blocks: Blocks of 16 ranks, of all slices.
         aligned: Rows of x and A are whole 16-byte vectors.
         few: `sgmv_is_few`; each block may load more at a time.
     """
     dtype = np.dtype(dtype)
-    rows = item_rows // 8 if aligned and dtype.itemsize == 2 else 1
-    ranks = 1
-    if rows == 8:  # the fewer times x is read, the better
-        ranks = min((4, 3, 2, 1), key=lambda n: (-(-rank_blocks // n), n))
-    if rows == 8 and ranks == 1:
-        rows = 4
-    tile_rows = 16 * ranks + 8 * rows
-    row_bytes = 128 if tile_rows <= 96 else 64
-    if tile_rows <= 24 or (tile_rows == 32 and few):
-        stages = 4
-    else:
-        stages = 3 if tile_rows == 48 or row_bytes == 64 else 2  # in 99 KiB
-    ring = 4 * stages * tile_rows * row_bytes
-    sums = 4 * 8 * rows * (16 * ranks + 4) * 4
+    fast = aligned and dtype.itemsize == 2
+    if fast and item_rows >= 64:
+        return _sgmv_shrink_long(dtype, rank_blocks, item_rows)
+    rows = item_rows // 8 if fast else 1
+    stages = 4 if rows == 1 or few else 2
     return Instance(
         "sgmv_shrink.cu",
         "sgmv_shrink_kernel",
-        (_CPP_NAMES[dtype], str(ranks), str(rows), str(stages), _flag(aligned)),
+        (_CPP_NAMES[dtype], str(rows), str(stages), _flag(aligned)),
         threads=128,
-        shared_bytes=max(ring, sums) + 8 * rows * 4,
+        shared_bytes=4 * stages * (16 + 8 * rows) * 128 + 8 * rows * 4,
+        early=True,
+    )
+
+
+def _sgmv_shrink_long(dtype: np.dtype[Any], rank_blocks: int, item_rows: int) -> Instance:
+    """All ranks, or up to 128 of them evenly: the fewer times x is read, the better."""
+    ranks = -(-rank_blocks // -(-rank_blocks // 8))  # of a block, in blocks of 16
+    rows = item_rows if ranks > 3 else 64  # more rows for few ranks would be too few blocks
+    rank_warps = 1 if ranks <= 4 else 2
+    ranks = -(-ranks // rank_warps)
+    tile_rows = 16 * ranks * rank_warps + rows
+    stages = 4 if tile_rows <= 192 else 3  # in 99 KiB
+    blocks_bytes = -(-ranks * rank_warps * 20 // 16) * 16
+    return Instance(
+        "sgmv_shrink_long.cu",
+        "sgmv_shrink_long_kernel",
+        (_CPP_NAMES[dtype], str(ranks), str(rank_warps), str(rows // 64 * rank_warps)),
+        threads=256,
+        shared_bytes=stages * tile_rows * 128 + blocks_bytes + rows * 4 + 4,
         early=True,
     )
 
@@ -120,56 +137,99 @@ def sgmv_is_few(max_items: int, rank_blocks: int, parts: int) -> bool:
     return max_items * rank_blocks * parts <= SGMV_FEW_BLOCKS
 
 
-def sgmv_shrink_rows(instance: Instance) -> int:
-    """Rows of a block of a shrink instance."""
-    return 8 * int(instance.params[2])
+def sgmv_shrink_groups(instance: Instance, blocks: int, parts: int, multiprocessors: int) -> int:
+    """Groups of parts of in_dim of a long shrink: as many as run at once, and of as many parts each.
+
+    Of many parts each is a group: blocks that start when others end share the GPU more evenly.
+
+    Args:
+        blocks: Of the launch, for each group.
+    """
+    if parts > 8:
+        return parts
+    rows, ranks = sgmv_shrink_tile(instance)
+    resident = 1 if ranks > 3 else 4 if rows + 16 * ranks <= 80 else 2
+    groups = min(max(resident * multiprocessors // blocks, 1), parts)
+    return -(-parts // -(-parts // groups))
 
 
-def sgmv_shrink_rank_blocks(instance: Instance) -> int:
-    """Blocks of 16 ranks of a block of a shrink instance."""
-    return int(instance.params[1])
+def sgmv_shrink_tile(instance: Instance) -> tuple[int, int]:
+    """Rows and blocks of 16 ranks of a block of a shrink instance."""
+    if instance.source == "sgmv_shrink.cu":
+        return 8 * int(instance.params[1]), 1
+    ranks, rank_warps, row_blocks = map(int, instance.params[1:])
+    return 64 * row_blocks // rank_warps, ranks * rank_warps
 
 
 @functools.cache
-def sgmv_expand(dtype: Any, out_dtype: Any, rank: int, item_rows: int, aligned: bool) -> Instance:
-    """`aligned`: rows of h, of B (rank-major) and of y are whole 16-byte vectors."""
+def sgmv_expand(
+    dtype: Any,
+    out_dtype: Any,
+    rank: int,
+    item_rows: int,
+    aligned: bool,
+    shared_bytes: int = LEAST_SHARED_BYTES,
+) -> Instance:
+    """As many rows of an item at once as pay.
+
+    Args:
+        aligned: Rows of h, of B (rank-major) and of y are whole 16-byte vectors.
+        shared_bytes: Shared memory that a block may have.
+    """
     dtype, out_dtype = np.dtype(dtype), np.dtype(out_dtype)
-    fast = aligned and dtype.itemsize == 2
-    rows = 1 if item_rows == 64 and (rank <= 16 or not fast) else item_rows // 8
-    in_turns = item_rows > 8 * rows
-    y_bytes = item_rows // 4 * (out_dtype.itemsize // 2) * 128 * 16
-    ahead = 1 if in_turns else 4 if rows == 8 and out_dtype.itemsize == 2 else 2
-    b_bytes = ahead * 4 * (dtype.itemsize // 2) * 128 * 16
-    h_bytes = (
-        item_rows
-        // 8
-        * (1 if in_turns else 4 if rows == 8 and out_dtype.itemsize == 4 else 8)
-        * 512
-    )
+    if item_rows >= 64 and rank > 16 and aligned and dtype.itemsize == 2:
+        return _sgmv_expand_long(dtype, out_dtype, rank, item_rows, shared_bytes)
+    rows = min(item_rows, 64)
+    eights, ahead, steps = (8, 1, 1) if rows == 64 else (rows // 8, 2, 8)
+    y_bytes = rows * 64 * out_dtype.itemsize
+    b_bytes = ahead * 16 * 64 * dtype.itemsize
     return Instance(
         "sgmv_expand.cu",
         "sgmv_expand_kernel",
-        (
-            _CPP_NAMES[dtype],
-            _CPP_NAMES[out_dtype],
-            str(item_rows),
-            str(rows),
-            _flag(aligned),
-        ),
+        (_CPP_NAMES[dtype], _CPP_NAMES[out_dtype], str(rows), _flag(aligned)),
         threads=128,
-        shared_bytes=y_bytes + b_bytes + h_bytes + 2 * item_rows * 4,
+        shared_bytes=4 * (y_bytes + b_bytes) + eights * steps * 512 + 2 * rows * 4,
         early=True,
     )
 
 
+def _sgmv_expand_long(
+    dtype: np.dtype[Any], out_dtype: np.dtype[Any], rank: int, item_rows: int, shared_bytes: int
+) -> Instance:
+    """Two warps of 64 rows share B, and h of 256 ranks is there at once, where shared memory has room."""
+
+    def of(row_warps: int, steps: int) -> Instance:
+        rows = 64 * row_warps
+        y_bytes = rows * 256 * 2 if out_dtype.itemsize == 2 else 0
+        return Instance(
+            "sgmv_expand_long.cu",
+            "sgmv_expand_long_kernel",
+            (_CPP_NAMES[dtype], _CPP_NAMES[out_dtype], str(row_warps), str(steps)),
+            threads=128 * row_warps,
+            shared_bytes=y_bytes + 4 * 4 * 16 * 64 * 2 + rows // 8 * steps * 512 + rows * 16,
+            early=True,
+        )
+
+    shapes = (
+        [of(1, 8)] if item_rows == 64 else [of(2, 8 if rank <= 128 else 16), of(2, 8), of(1, 8)]
+    )
+    return next(shape for shape in shapes if shape.shared_bytes <= shared_bytes)
+
+
+def sgmv_expand_rows(instance: Instance) -> int:
+    """Rows of a block of an expand instance."""
+    long = instance.source == "sgmv_expand_long.cu"
+    return (64 if long else 1) * int(instance.params[2])
+
+
 def sgmv_expand_blocks(instance: Instance) -> int:
     """Blocks of a multiprocessor of an expand instance."""
-    dtype, out_dtype, item_rows, rows, aligned = instance.params
-    if rows == "8":
-        return 2
-    if dtype == "float" or aligned == "false":
+    dtype, out_dtype, rows, *aligned = instance.params
+    if instance.source == "sgmv_expand_long.cu":
+        return 2 if rows == "1" else 1
+    if dtype == "float" or aligned == ["false"]:
         return 1
-    return {"8": 7, "16": 4, "64": 2 if out_dtype == "float" else 5}[item_rows]
+    return {"8": 7, "16": 4, "64": 2 if out_dtype == "float" else 5}[rows]
 
 
 @functools.cache
@@ -230,15 +290,16 @@ def instances() -> tuple[Instance, ...]:
     """Every instance that a chooser can return."""
     flags = (True, False)
     outputs = sorted({(t, out) for t in STORAGE for out in (t, STORAGE[0])}, key=str)
-    item_rows = (8, 16, 64)
+    item_rows = (8, 16, 64, 128)
+    shared_bytes = (LEAST_SHARED_BYTES, 2**20)
     sgmv = [
         *(
             sgmv_shrink(*g)
-            for g in itertools.product(STORAGE, (1, 2, 3, 4), item_rows, flags, flags)
+            for g in itertools.product(STORAGE, range(1, 9), item_rows, flags, flags)
         ),
         *(
-            sgmv_expand(*out, r, m, a)
-            for out, r, m, a in itertools.product(outputs, (16, 64), item_rows, flags)
+            sgmv_expand(*out, *g)
+            for out, *g in itertools.product(outputs, (16, 17, 129), item_rows, flags, shared_bytes)
         ),
     ]
     found = [

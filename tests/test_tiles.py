@@ -20,7 +20,7 @@ from tests.emulator import EmulatorError
 
 INSTANCES = tiles.instances()
 SHARED = [instance for instance in INSTANCES if instance.shared_bytes]
-LEAST_SHARED_BYTES = 99 * 1024  # a block may have on every GPU from sm_80 on: sm_86, sm_89, sm_120
+MOST_SHARED_BYTES = 227 * 1024  # of a block on sm_90
 DTYPES: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "__half": np.dtype(np.float16),
@@ -56,11 +56,12 @@ CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
         st.booleans(),
     ),
     "sgmv_expand": st.builds(
-        lambda pair, rank, rows, aligned: tiles.sgmv_expand(*pair, rank, rows, aligned),
+        lambda pair, *sizes: tiles.sgmv_expand(*pair, *sizes),
         deltas,
         st.integers(1, 2**20),
         item_rows,
         st.booleans(),
+        st.integers(tiles.LEAST_SHARED_BYTES, 2**20),
     ),
     "rope_ragged": st.builds(
         lambda dtype, dims, order: tiles.rope_ragged(dtype, *dims, order),
@@ -86,6 +87,7 @@ def test_every_chooser_is_tested() -> None:
         name
         for name, function in vars(tiles).items()
         if callable(function)
+        and not name.startswith("_")
         and not inspect.isclass(function)
         and inspect.signature(function).return_annotation == "Instance"
     }
@@ -95,25 +97,26 @@ def test_every_chooser_is_tested() -> None:
 def test_the_list_holds_nothing_else() -> None:
     """Every instance is chosen for some size, so that the gate compiles nothing in vain."""
     dims = range(8, 257, 8)
-    item_rows = {tiles.sgmv_item_rows(rows, 9) for rows in (1, 127, 128, 2047, 2048, 10**6)}
+    item_rows = {tiles.sgmv_item_rows(rows, 9) for rows in (1, 127, 128, 2048, 4095, 4096, 10**6)}
     chosen = {
         tiles.sgmv_route_items(),
         tiles.sgmv_route_rows(),
         *(
             tiles.sgmv_shrink(t, blocks, m, a, few)
             for t in STORAGE
-            for blocks in (1, 2, 3, 4)
+            for blocks in range(1, 20)
             for m in item_rows
             for a in (True, False)
             for few in (True, False)
         ),
         *(
-            tiles.sgmv_expand(t, out, rank, m, a)
+            tiles.sgmv_expand(t, out, rank, m, a, shared_bytes)
             for t in STORAGE
             for out in (t, STORAGE[0])
-            for rank in (1, 16, 17, 512)
+            for rank in (1, 16, 17, 128, 129, 512)
             for m in item_rows
             for a in (True, False)
+            for shared_bytes in (tiles.LEAST_SHARED_BYTES, MOST_SHARED_BYTES)
         ),
         *(
             tiles.rope_ragged(t, dim, rotary, order)
@@ -136,8 +139,8 @@ def test_instances_are_unique() -> None:
 
 
 def test_name() -> None:
-    instance = tiles.sgmv_shrink(np.float16, 2, 64, True)
-    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 2, 8, 2, true>"
+    instance = tiles.sgmv_shrink(np.float16, 2, 16, True)
+    assert instance.name == "lorakit::sgmv_shrink_kernel<__half, 2, 2, true>"
     assert tiles.sgmv_route_items().name == "lorakit::sgmv_route_items_kernel"
 
 
@@ -146,22 +149,24 @@ def test_name() -> None:
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=short)
 def test_limits(instance: tiles.Instance) -> None:
-    assert 0 <= instance.shared_bytes <= LEAST_SHARED_BYTES
+    """What needs more shared memory than every GPU has is chosen only where a block may have it."""
+    more = instance.kernel == "sgmv_expand_long_kernel" and instance.params[2] == "2"
+    assert 0 <= instance.shared_bytes <= (MOST_SHARED_BYTES if more else tiles.LEAST_SHARED_BYTES)
     assert 32 <= instance.threads <= 1024
     assert instance.threads % 32 == 0
 
 
 def test_numbers_that_ops_read_from_a_name() -> None:
-    assert tiles.sgmv_shrink_rank_blocks(tiles.sgmv_shrink(np.float32, 9, 64, True)) == 1
-    assert tiles.sgmv_shrink_rank_blocks(tiles.sgmv_shrink(np.float16, 2, 64, True)) == 2
-    assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 64, True)) == 64
-    assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 16, True)) == 16
-    assert tiles.sgmv_shrink_rows(tiles.sgmv_shrink(np.float16, 2, 64, False)) == 8
+    assert tiles.sgmv_shrink_tile(tiles.sgmv_shrink(np.float32, 9, 64, True)) == (8, 1)
+    assert tiles.sgmv_shrink_tile(tiles.sgmv_shrink(np.float16, 2, 16, True)) == (16, 1)
+    assert tiles.sgmv_shrink_tile(tiles.sgmv_shrink(np.float16, 2, 64, False)) == (8, 1)
     assert tiles.sgmv_item_rows(127, 127) == tiles.sgmv_item_rows(1, 1) == 8
     assert tiles.sgmv_item_rows(128, 1) == tiles.sgmv_item_rows(2048, 33) == 16
-    assert tiles.sgmv_item_rows(2048, 32) == tiles.sgmv_item_rows(10**6, 4096) == 64
+    assert tiles.sgmv_item_rows(2048, 32) == tiles.sgmv_item_rows(4095, 1) == 64
+    assert tiles.sgmv_item_rows(4096, 33) == tiles.sgmv_item_rows(4096, 64) == 64
+    assert tiles.sgmv_item_rows(4096, 32) == tiles.sgmv_item_rows(10**6, 4096) == 128
     assert tiles.sgmv_item_rows(2047, 1) == 16
-    stages = {few: tiles.sgmv_shrink(np.float16, 1, 16, True, few).params[3] for few in (0, 1)}
+    stages = {few: tiles.sgmv_shrink(np.float16, 1, 16, True, few).params[2] for few in (0, 1)}
     assert stages == {0: "2", 1: "4"}
     assert tiles.sgmv_is_few(10, 16, 4)
     assert not tiles.sgmv_is_few(11, 16, 4)
@@ -170,6 +175,74 @@ def test_numbers_that_ops_read_from_a_name() -> None:
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
     assert tiles.attention_block_m(tiles.attention_ragged(np.float16, 128)) == 64
     assert tiles.attention_block_m(tiles.attention_ragged(np.float32, 128)) == 32
+
+
+@pytest.mark.parametrize(
+    ("rank_blocks", "item_rows", "rows", "blocks"),
+    [
+        (1, 64, 64, 1),
+        (3, 128, 64, 3),
+        (4, 128, 128, 4),
+        (4, 64, 64, 4),
+        (5, 128, 128, 6),
+        (8, 128, 128, 8),
+        (9, 64, 64, 6),
+        (16, 128, 128, 8),
+        (17, 128, 128, 6),
+        (96, 128, 128, 8),
+    ],
+)
+def test_tiles_of_long_segments(rank_blocks: int, item_rows: int, rows: int, blocks: int) -> None:
+    """All ranks in one tile, or in tiles of up to 128 ranks as even as can be."""
+    instance = tiles.sgmv_shrink(bfloat16, rank_blocks, item_rows, True)
+    assert instance.kernel == "sgmv_shrink_long_kernel"
+    assert tiles.sgmv_shrink_tile(instance) == (rows, blocks)
+
+
+@pytest.mark.parametrize(
+    ("rank_blocks", "blocks", "parts", "groups"),
+    [
+        (8, 64, 4, 2),
+        (8, 128, 4, 1),
+        (8, 1, 4, 4),
+        (8, 500, 4, 1),
+        (3, 64, 4, 4),
+        (3, 64, 8, 4),
+        (3, 64, 9, 9),
+        (1, 100, 8, 4),
+        (1, 150, 8, 3),
+        (1, 1000, 8, 1),
+    ],
+)
+def test_groups_of_parts(rank_blocks: int, blocks: int, parts: int, groups: int) -> None:
+    """On 132 multiprocessors: one block of many ranks, two of some, four of 64 rows and 16 ranks."""
+    instance = tiles.sgmv_shrink(bfloat16, rank_blocks, 128, True)
+    assert tiles.sgmv_shrink_groups(instance, blocks, parts, 132) == groups
+
+
+@pytest.mark.parametrize(
+    ("rank", "item_rows", "shared_bytes", "params"),
+    [
+        (17, 64, 227, "1 8"),
+        (17, 128, 227, "2 8"),
+        (128, 128, 227, "2 8"),
+        (129, 128, 227, "2 16"),
+        (512, 128, 227, "2 16"),
+        (129, 128, 225, "2 8"),
+        (17, 128, 162, "2 8"),
+        (17, 128, 161, "1 8"),
+        (129, 128, 99, "1 8"),
+        (512, 64, 227, "1 8"),
+    ],
+)
+def test_expand_takes_what_shared_memory_has_room_for(
+    rank: int, item_rows: int, shared_bytes: int, params: str
+) -> None:
+    instance = tiles.sgmv_expand(bfloat16, bfloat16, rank, item_rows, True, shared_bytes * 1024)
+    assert instance.kernel == "sgmv_expand_long_kernel"
+    assert " ".join(instance.params[2:]) == params
+    assert tiles.sgmv_expand_rows(instance) == 64 * int(params[0])
+    assert tiles.sgmv_expand_blocks(instance) == {"1": 2, "2": 1}[params[0]]
 
 
 # ---- Shared memory is what the kernel takes ----------------------------------------------------------
@@ -217,17 +290,24 @@ def call(instance: tiles.Instance, kernels: KernelDevice, rng: np.random.Generat
     def array(*shape: int, of: Any = dtype) -> Any:
         return kernels.asarray(rng.standard_normal(shape).astype(of))
 
-    if instance.kernel == "sgmv_shrink_kernel":
-        rank, rows = 16 * int(instance.params[1]), {"1": 3, "2": 129}.get(instance.params[2], 2048)
-        if instance.params[2:4] == ("2", "2"):  # not few
-            rank *= tiles.SGMV_FEW_BLOCKS // 8
-        in_dim = 64 if instance.params[4] == "true" else 63
+    if instance.kernel.startswith("sgmv_shrink"):
+        if instance.kernel == "sgmv_shrink_kernel":
+            rank, rows = 16, 3 if instance.params[1] == "1" else 129
+            if instance.params[1:3] == ("2", "2"):  # not few
+                rank *= tiles.SGMV_FEW_BLOCKS // 8
+            in_dim = 64 if instance.params[3] == "true" else 63
+        else:
+            rows, blocks = tiles.sgmv_shrink_tile(instance)
+            rank, rows, in_dim = 16 * blocks, 32 * rows, 64
         batch[-1] = testing.row_offsets([rows])
         ops.sgmv_shrink(array(rows, in_dim), array(1, rank, in_dim), *batch)
-    elif instance.kernel == "sgmv_expand_kernel":
-        rows = {"8": 3, "16": 129, "64": 2048}[instance.params[2]]
-        rank = 20 if instance.params[3] == "8" else 16
-        out_dim = 64 if instance.params[4] == "true" else 63
+    elif instance.kernel.startswith("sgmv_expand"):
+        if instance.kernel == "sgmv_expand_kernel":
+            rows = {"8": 3, "16": 129, "64": 2048}[instance.params[2]]
+            rank, out_dim = 16, 64 if instance.params[3] == "true" else 63
+        else:
+            rows, out_dim = {"1": 2048, "2": 4096}[instance.params[2]], 64
+            rank = 132 if instance.params[3] == "16" else 20
         batch[-1] = testing.row_offsets([rows])
         y = array(rows, out_dim, of=DTYPES[instance.params[1]])
         b = array(1, rank, out_dim).transpose(0, 2, 1)

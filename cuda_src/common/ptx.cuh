@@ -62,6 +62,11 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// PTX ISA, barrier.sync: as __syncthreads, for `threads` of a block, whole warps, that meet at barrier `id`, 1 to 15.
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
 // PTX ISA, griddepcontrol.wait: wait until the kernel before this one has ended, and so those that it waited for, and
 // their writes are seen. For a kernel that was launched to start before that; nothing otherwise, nor before sm_90.
 __device__ inline void griddepcontrol_wait() {

@@ -17,6 +17,22 @@ struct SharedTile {
   __device__ T* at(int row, int col) const { return data + row * kStride + col; }
 };
 
+// Rows of 128 bytes. Their 16-byte chunks are swizzled, so that the same chunk of eight rows is in different banks.
+struct SwizzledTile {
+  static constexpr int kChunks = 8;
+
+  Vector<unsigned, 4>* data;
+
+  __device__ Vector<unsigned, 4>* at(int row, int chunk) const {
+    return data + row * kChunks + (chunk ^ row % kChunks);
+  }
+  // Elements `col`, an even one, and the next.
+  template <typename T>
+  __device__ const Vector<T, 2>* pair(int row, int col) const {
+    return reinterpret_cast<const Vector<T, 2>*>(at(row, col / kPer16Bytes<T>)) + col % kPer16Bytes<T> / 2;
+  }
+};
+
 // Fill kRows rows of a tile. `row_pointer(row)` is where a row starts in global memory, or null for a row of
 // zeros; columns from `cols` on become zeros. Nothing outside is read, so that whatever lies there, NaN
 // too, never enters a product. `somewhere` is any valid global address.

@@ -87,21 +87,26 @@ def shrink(
         blocks += _blocks(a)
     few = tiles.sgmv_is_few(len(route.rows), blocks, len(h))
     tile = tiles.sgmv_shrink(x.dtype, blocks, route.item_rows, aligned, few)
-    chunks = -(-blocks // tiles.sgmv_shrink_rank_blocks(tile))
+    tile_rows, tile_blocks = tiles.sgmv_shrink_tile(tile)
+    chunks, row_tiles = -(-blocks // tile_blocks), route.rows.size // tile_rows
     # Few rows: the launch of expand costs less than to wait for the last part.
-    whole = len(h) > 1 and (whole or route.item_rows == 64)
-    row_tiles = route.rows.size // tiles.sgmv_shrink_rows(tile)
+    whole = len(h) > 1 and (whole or route.item_rows >= 64)
     counters = route.counters
     if whole and chunks > tiles.SGMV_COUNTERS:
         counters = backend.zeros((row_tiles, chunks), np.int32)
+    groups, is_long = len(h), tile.source == "sgmv_shrink_long.cu"
+    if is_long:  # a block has a group of parts
+        full_blocks = -(-x.shape[0] // tile_rows) * chunks
+        groups = tiles.sgmv_shrink_groups(tile, full_blocks, len(h), backend.multiprocessors)
     backend.launch(
         tile,
-        (row_tiles * chunks * len(h),),
+        (row_tiles * chunks * groups,),
         [
             x,
             _slices(members, len(lora_a)),
             route.rows,
             route.items,
+            route.item_rows // tile_rows,
             h,
             counters if whole else None,
             x.shape[0],
@@ -109,7 +114,7 @@ def shrink(
             len(lora_a),
             blocks,
             len(h),
-            route.item_rows,
+            *([groups] if is_long else []),
             h.shape[2],
             counters.shape[1],
         ],
@@ -147,11 +152,15 @@ def expand(
     if column_blocks == 0:
         return
     rank = max(b.shape[2] for _, _, b, _, _ in slices)
-    tile = tiles.sgmv_expand(slices[0][2].dtype, y.dtype, rank, route.item_rows, aligned)
-    units = len(route.rows) * column_blocks
-    resident = tiles.sgmv_expand_blocks(tile) * backend.multiprocessors
-    # Decode: what is resident, for many items may have no rows. Prefill: a few units a block, to share h.
-    blocks = min(units, resident) if route.item_rows < 64 else -(-units // (1 if rank <= 16 else 4))
+    dtypes = slices[0][2].dtype, y.dtype
+    tile = tiles.sgmv_expand(*dtypes, rank, route.item_rows, aligned, backend.shared_bytes)
+    row_tiles = route.item_rows // tiles.sgmv_expand_rows(tile)
+    units = len(route.rows) * row_tiles * column_blocks
+    is_long = tile.source == "sgmv_expand_long.cu"
+    if is_long or route.item_rows < 64:  # what is resident, for many items may have no rows
+        blocks = min(units, tiles.sgmv_expand_blocks(tile) * backend.multiprocessors)
+    else:
+        blocks = units
     backend.launch(
         tile,
         (blocks,),
@@ -160,10 +169,11 @@ def expand(
             _slices(members, len(slices)),
             route.rows,
             route.items,
-            h.shape[1],
+            row_tiles,
+            *([] if is_long else [h.shape[1]]),
             len(slices),
             column_blocks,
-            len(h),
+            *([] if is_long else [len(h)]),
             h.shape[2],
             after_shrink,
         ],

@@ -117,6 +117,7 @@ class Emulator:
         self._one_at_a_time = threading.Lock()  # the runtime's state is global
 
     multiprocessors = 2  # few, so that grids that go by it have work for more than one turn
+    shared_bytes = _MOST_SHARED_BYTES
 
     # ---- Arrays
 

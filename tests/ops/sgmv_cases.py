@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BF16, FP16 = (bfloat16,), (FLOAT16,)
 HALVES = BF16 + FP16
+SHARED_BYTES = 227 * 1024  # of a block on sm_90 and on the emulator
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SgmvCase:
             return set()
         aligned = self.out_dim % 8 == 0 and self.b == "rank_major" and self.y != "shifted"
         expand = tiles.sgmv_expand(
-            self.dtype, self.y_dtype, self.rank, self.item_rows, aligned and h_aligned
+            self.dtype, self.y_dtype, self.rank, self.item_rows, aligned and h_aligned, SHARED_BYTES
         )
         return self.route_instances() | {expand}
 
@@ -106,6 +107,7 @@ class SgmvCase:
 
 MIXED = ((0, 3), (2, 17), (-1, 2), (1, 4), (3, 1))
 LONG = ((2, 1054), (-1, 1), (0, 993))  # items of 64 rows
+LONGER = ((2, 2054), (-1, 1), (0, 2093))  # of 128
 
 CASES = (
     # First, so that sanitizers run it: two blocks of ranks, and a loop over ranks of more than one stage.
@@ -176,11 +178,35 @@ CASES = (
         out_dim=72,
         y="plain",
     ),
-    SgmvCase("long_in_parts", ((1, 2049),), in_dim=2056, rank=130, out_dim=64, dtypes=BF16),
+    SgmvCase("long_in_parts", ((1, 2049),), in_dim=2056, rank=130, out_dim=64, dtypes=HALVES),
     SgmvCase("long", LONG, in_dim=24, out_dim=72, y="wide", bias=True, dtypes=HALVES),
     SgmvCase("long_float32", LONG, out_dim=8, y="wide", y_float32=True, dtypes=HALVES),
     SgmvCase("long_rank_32", LONG, in_dim=16, rank=32, y="wide", y_float32=True, dtypes=HALVES),
     SgmvCase("long_rank_50", LONG, in_dim=8, out_dim=8, rank=50, y="plain", dtypes=HALVES),
+    SgmvCase("long_rank_120", LONG, in_dim=8, out_dim=8, rank=120, y="plain", dtypes=HALVES),
+    SgmvCase("longer", LONGER, in_dim=8, out_dim=264, rank=64, y="wide", bias=True, dtypes=HALVES),
+    SgmvCase("longer_rank_90", LONGER, in_dim=1032, out_dim=8, rank=90, dtypes=HALVES),
+    SgmvCase(
+        "longer_rank_128",
+        LONGER,
+        in_dim=8,
+        out_dim=8,
+        rank=128,
+        y_float32=True,
+        y="plain",
+        dtypes=HALVES,
+    ),
+    SgmvCase("longer_rank_300", LONGER, in_dim=8, out_dim=8, rank=300, y="plain", dtypes=HALVES),
+    SgmvCase(
+        "longer_rank_200",
+        LONGER,
+        in_dim=8,
+        out_dim=8,
+        rank=200,
+        y_float32=True,
+        y="plain",
+        dtypes=HALVES,
+    ),
     SgmvCase("long_shifted", LONG, in_dim=8, y="shifted", y_float32=True, dtypes=HALVES),
     SgmvCase("prefill_float32", ((3, 45), (1, 90), (-1, 4)), y="wide", y_float32=True),
     SgmvCase("prefill_shifted", ((3, 45), (1, 90), (-1, 4)), y="shifted", y_float32=True),

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lorakit import ops
+from lorakit import ops, tiles
+from lorakit.dtypes import bfloat16
 from lorakit.testing import activations, adapters, assert_bitwise_equal, rotary_table, row_offsets
-from tests.ops.helpers import CacheCase, each_dtype
+from tests.ops.helpers import FLOAT16, CacheCase, each_dtype
 
 if TYPE_CHECKING:
     from tests.conftest import KernelDevice
@@ -140,6 +141,52 @@ def test_a_small_rank_stored_at_16_and_at_more(
         results.append(kernels.to_host(h)[:, :9])
     for result in results[1:]:
         assert_bitwise_equal(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, bfloat16], ids=str)
+@pytest.mark.parametrize("in_dim", [64, 1040, 3080])
+def test_tiles_of_every_size(
+    in_dim: int,
+    dtype: Any,
+    kernels: KernelDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
+    """The kernels for few rows and for long segments, whatever they have room for, give the same bits."""
+    outputs, stored, slots = (264, 72, 16), (150, 40, 16), 3
+    batch = [(0, 200), (-1, 3), (2, 60), (0, 40), (1, 20)]
+    ids = np.array([slot for slot, _ in batch], np.int32)
+    offsets = row_offsets([rows for _, rows in batch])
+    x = activations((int(offsets[-1]), in_dim), dtype, rng)
+    made = [
+        adapters(slots, rank, in_dim, n, dtype, rng, ranks=[rank, rank // 2, rank // 3])
+        for n, rank in zip(outputs, stored, strict=True)
+    ]
+    y = [activations((len(x), n), dtype, rng) for n in outputs]
+
+    def run(item_rows: int, shared_bytes: int) -> list[NDArray[Any]]:
+        monkeypatch.setattr(tiles, "sgmv_item_rows", lambda *_: item_rows)
+        monkeypatch.setattr(kernels.backend, "shared_bytes", shared_bytes)
+        targets = [kernels.asarray(values) for values in y]
+        ops.sgmv_lora_slices(
+            kernels.asarray(x),
+            [kernels.asarray(m.lora_a) for m in made],
+            [kernels.asarray(m.lora_b.transpose(0, 2, 1)).transpose(0, 2, 1) for m in made],
+            ids,
+            None,
+            offsets,
+            slot_ranks=[m.slot_ranks for m in made],
+            bias=[kernels.asarray(m.bias) for m in made],
+            add_to=targets,
+        )
+        return [kernels.to_host(target) for target in targets]
+
+    expected = run(8, tiles.LEAST_SHARED_BYTES)
+    for values, before in zip(expected, y, strict=True):
+        assert (values != before).mean() > 0.5
+    for item_rows, shared_bytes in ((16, 99), (64, 99), (128, 99), (128, 163), (128, 227)):
+        for one, other in zip(run(item_rows, shared_bytes * 1024), expected, strict=True):
+            assert_bitwise_equal(one, other, f"{item_rows} rows, {shared_bytes} KiB")
 
 
 CASE = CacheCase("", (40, 0, 3, 70), (1, 9, 4, 2), page_size=8)

@@ -13,7 +13,10 @@ from lorakit import ops
 from lorakit.dtypes import bfloat16
 from lorakit.nn import PagedKVCacheCollection
 from lorakit.testing import activations, adapters, assert_bitwise_equal, rotary_table
+from tests.conftest import KernelDevice
 from tests.ops.helpers import CacheCase
+from tests.ops.sgmv_cases import SgmvCase
+from tests.ops.test_sgmv import test_lora as check_lora
 
 ELEMENTS = 2**31
 
@@ -87,6 +90,29 @@ def test_rows_beyond_two_to_the_31_elements(memory: Any, rng: np.random.Generato
     assert_bitwise_equal(y[-35:], expected)
     assert np.abs(expected.get().astype(np.float32)).max() > 0.1
     assert not y[:-35].view(memory.uint16).any()
+
+
+@pytest.mark.parametrize("rows", [2**20, 4096])
+def test_as_many_adapters_and_ranks_as_there_may_be(
+    rows: int, memory: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """4096 slots of ranks 0 to 512, a million rows or one for each, and base rows among them."""
+    slots = 4096
+    lengths = rng.multinomial(rows, rng.dirichlet(np.ones(slots))) if rows > slots else [1] * slots
+    ids = np.where(rng.random(slots) < 0.1, -1, rng.permutation(slots))
+    case = SgmvCase(
+        "many",
+        tuple(zip(ids.tolist(), np.asarray(lengths).tolist(), strict=True)),
+        in_dim=64,
+        rank=512,
+        ranks=tuple(rng.integers(0, 513, slots).tolist()),
+        slots=slots,
+        y="plain",
+        ranks_from="slots",
+        dtype=bfloat16,
+    )
+    assert case.item_rows == (128 if rows == 2**20 else 16)
+    check_lora(case, kernels, rng)
 
 
 def test_a_stride_between_rows_beyond_two_to_the_31_elements(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FAR = 2**31 + 64  # elements; rows this far apart are aligned
 FLOAT16 = np.dtype(np.float16)
 ALL_ROWS = np.array([0, 3], np.int32)  # offsets of one group of three rows
+LONG = 2051  # rows that make long segments
 
 
 def zeros(kernels: KernelDevice, *shape: int, dtype: Any = FLOAT16) -> Any:
@@ -81,20 +82,28 @@ def test_shrink_x(kernels: KernelDevice, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "ranks", "in_dim", "far"),
+    ("slots", "ranks", "in_dim", "far", "rows"),
     [
-        (2, 3, 24, "slot"),
-        (1, 66, 24, "rank"),
-        (1, 3, 130, "column"),
-        (1, 3, 3, "far column"),
-        (1, 3, 130, "far column"),  # half a terabyte: for the emulator only
+        (2, 3, 24, "slot", 3),
+        (2, 3, 24, "slot", LONG),
+        (1, 66, 24, "rank", 3),
+        (1, 66, 24, "rank", LONG),
+        (1, 3, 130, "column", 3),
+        (1, 3, 3, "far column", 3),
+        (1, 3, 130, "far column", 3),  # half a terabyte: for the emulator only
     ],
 )
 def test_shrink_a(
-    slots: int, ranks: int, in_dim: int, far: str, kernels: KernelDevice, rng: np.random.Generator
+    slots: int,
+    ranks: int,
+    in_dim: int,
+    far: str,
+    rows: int,
+    kernels: KernelDevice,
+    rng: np.random.Generator,
 ) -> None:
     """Slots, ranks or columns of A lie far apart."""
-    a_host, x_host = integers(rng, slots, ranks, in_dim), integers(rng, 3, in_dim)
+    a_host, x_host = integers(rng, slots, ranks, in_dim), integers(rng, rows, in_dim)
     if far == "slot":
         a = zeros(kernels, slots, FAR)[:, : ranks * in_dim].reshape(slots, ranks, in_dim)
     elif far == "rank":
@@ -103,7 +112,8 @@ def test_shrink_a(
         a = zeros(kernels, in_dim, 2**25 if far == "column" else FAR)[:, :ranks]
         a = a.reshape(in_dim, 1, ranks).transpose(1, 2, 0)
     a[...] = kernels.asarray(a_host)
-    h = ops.sgmv_shrink(kernels.asarray(x_host), a, np.array([slots - 1], np.int32), None, ALL_ROWS)
+    ids, offsets = np.array([slots - 1], np.int32), np.array([0, rows], np.int32)
+    h = ops.sgmv_shrink(kernels.asarray(x_host), a, ids, None, offsets)
     assert_bitwise_equal(h, x_host.astype(np.float32) @ a_host[-1].T.astype(np.float32))
 
 
@@ -126,14 +136,30 @@ def test_rank_vector(kernels: KernelDevice, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "ranks", "out_dim", "far"),
-    [(2, 3, 24, "slot"), (1, 40, 24, "rank"), (1, 3, 130, "column"), (1, 3, 3, "far column")],
+    ("slots", "ranks", "out_dim", "far", "rows"),
+    [
+        (2, 3, 24, "slot", 3),
+        (2, 20, 24, "slot", LONG),
+        (1, 40, 24, "rank", 3),
+        (1, 40, 24, "rank", LONG),
+        (1, 3, 130, "column", 3),
+        (1, 3, 3, "far column", 3),
+    ],
 )
 def test_expand_b(
-    slots: int, ranks: int, out_dim: int, far: str, kernels: KernelDevice, rng: np.random.Generator
+    slots: int,
+    ranks: int,
+    out_dim: int,
+    far: str,
+    rows: int,
+    kernels: KernelDevice,
+    rng: np.random.Generator,
 ) -> None:
     """Slots, ranks or columns of B lie far apart."""
-    b_host, h_host = integers(rng, slots, ranks, out_dim), integers(rng, 3, ranks, dtype=np.float32)
+    b_host, h_host = (
+        integers(rng, slots, ranks, out_dim),
+        integers(rng, rows, ranks, dtype=np.float32),
+    )
     if far == "slot":
         b = zeros(kernels, slots, FAR)[:, : ranks * out_dim].reshape(slots, ranks, out_dim)
     elif far == "rank":
@@ -147,7 +173,7 @@ def test_expand_b(
         b.transpose(0, 2, 1),
         np.array([slots - 1], np.int32),
         None,
-        ALL_ROWS,
+        np.array([0, rows], np.int32),
     )
     assert_bitwise_equal(y, (h_host @ b_host[-1].astype(np.float32)).astype(FLOAT16))
 
@@ -160,6 +186,18 @@ def test_expand_y(kernels: KernelDevice, rng: np.random.Generator) -> None:
     y[...] = kernels.asarray(y_host)
     b = kernels.asarray(b_host).transpose(0, 2, 1)
     ops.sgmv_expand(kernels.asarray(h_host), b, np.array([0], np.int32), None, ALL_ROWS, add_to=y)
+    assert_bitwise_equal(y, (y_host + h_host @ b_host[0].astype(np.float32)).astype(FLOAT16))
+
+
+@pytest.mark.parametrize("ranks", [4, 20])
+def test_expand_many_rows_of_y(ranks: int, kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """y has more than 2**32 bytes, its rows being 2**21 elements apart."""
+    h_host, b_host = integers(rng, LONG, ranks, dtype=np.float32), integers(rng, 1, ranks, 24)
+    y = zeros(kernels, LONG, 2**21)[:, :24]
+    y_host = integers(rng, LONG, 24)
+    y[...] = kernels.asarray(y_host)
+    b, offsets = kernels.asarray(b_host).transpose(0, 2, 1), np.array([0, LONG], np.int32)
+    ops.sgmv_expand(kernels.asarray(h_host), b, np.array([0], np.int32), None, offsets, add_to=y)
     assert_bitwise_equal(y, (y_host + h_host @ b_host[0].astype(np.float32)).astype(FLOAT16))
 
 

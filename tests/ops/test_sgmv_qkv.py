@@ -27,6 +27,7 @@ from tests.ops.helpers import (
     split_error,
     step_slots,
 )
+from tests.ops.sgmv_cases import SHARED_BYTES
 
 if TYPE_CHECKING:
     from tests.conftest import KernelDevice
@@ -53,8 +54,10 @@ class Case(CacheCase):
         return {
             tiles.sgmv_route_items(),
             tiles.sgmv_shrink(self.dtype, blocks, item_rows, True, few),
-            tiles.sgmv_expand(self.dtype, self.dtype, self.ranks[0], item_rows, True),
-            tiles.sgmv_expand(self.dtype, np.float32, max(self.ranks[1:]), item_rows, True),
+            tiles.sgmv_expand(self.dtype, self.dtype, self.ranks[0], item_rows, True, SHARED_BYTES),
+            tiles.sgmv_expand(
+                self.dtype, np.float32, max(self.ranks[1:]), item_rows, True, SHARED_BYTES
+            ),
             tiles.add_kv(self.dtype, np.float32),
         }
 

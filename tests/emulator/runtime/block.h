@@ -17,15 +17,16 @@ namespace emulator {
 
 // What a thread waits for. The name is shown in reports; threads wait together when all of it agrees.
 struct Wait {
-  enum Kind { kNothing, kBlock, kWarp };
+  enum Kind { kNothing, kBlock, kNamed, kWarp };
   Kind kind = kNothing;
   const char* name = "";
   Site site = {"", 0};
-  unsigned mask = 0;
+  unsigned mask = 0;         // of lanes, or which named barrier
   bool aligned = false;      // all lanes must be at the same line
   void* operand = nullptr;   // this lane's part in a warp collective
   // Computes the collective when all lanes have arrived; operands of absent lanes are null.
   void (*complete)(void* const (&operands)[kWarpSize]) = nullptr;
+  int threads = 0;  // that a named barrier waits for
 };
 
 struct Warp;
@@ -83,6 +84,7 @@ struct Block {
   int live = 0;
   int at_barrier = 0;
   Meeting barrier;
+  Meeting named_barriers[16];
   Ready ready;
 };
 

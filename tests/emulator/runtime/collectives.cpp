@@ -51,6 +51,37 @@ void block_barrier(Site site) {
   acquire(tag);
 }
 
+// ---- Named barriers
+
+// They complete when as many threads as the callers say are there, from whichever places; who has returned is not.
+void named_barrier(int id, int threads, Site site) {
+  if (id < 1 || id > 15) fail(site, "named_barrier: id is %d, must be 1 to 15", id);
+  if (threads < kWarpSize || threads > g_block.count || threads % kWarpSize != 0) {
+    fail(site, "named_barrier: %d threads of a block of %d, must be whole warps", threads, g_block.count);
+  }
+  Meeting& meeting = g_block.named_barriers[id];
+  void* tag = meeting.tag();
+  release(tag);
+  g_current->wait = {Wait::kNamed, "named_barrier", site, unsigned(id), false, nullptr, nullptr};
+  g_current->wait.threads = threads;
+  std::vector<Thread*> waiting;
+  for (int i = 0; i < g_block.count; ++i) {
+    Thread& thread = *g_block.threads[i];
+    if (thread.live && thread.wait.kind == Wait::kNamed && thread.wait.mask == unsigned(id)) {
+      if (thread.wait.threads != threads) {
+        fail_block("divergent barrier: threads expect different numbers\n" + describe_waits());
+      }
+      waiting.push_back(&thread);
+    }
+  }
+  if (int(waiting.size()) == threads) {
+    ++meeting.generation;
+    for (Thread* thread : waiting) make_ready(*thread);
+  }
+  suspend();
+  acquire(tag);
+}
+
 // ---- Warp collectives
 
 namespace {

@@ -200,6 +200,7 @@ std::string describe_waits() {
     if (!thread.live) return "returned";
     if (wait.kind == Wait::kNothing) return "running";
     std::string what = wait.name;
+    if (wait.kind == Wait::kNamed) what += format("(%u, %d)", wait.mask, wait.threads);
     if (wait.kind == Wait::kWarp) what += format("(mask 0x%08x)", wait.mask);
     return what + format(" at %s:%d", wait.site.file, wait.site.line);
   };

@@ -41,6 +41,10 @@ inline void cp_async_16(void* shared, const void* global, int source_bytes,
   emulator::issue_copy(shared, data);
 }
 
+inline void named_barrier(int id, int threads, emulator::Site site = emulator::Site::here()) {
+  emulator::named_barrier(id, threads, site);
+}
+
 // Kernels run one after the other here.
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}

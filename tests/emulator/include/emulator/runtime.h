@@ -44,6 +44,7 @@ EMULATOR_API int run(const Launch& launch, void (*thread)(void* closure), void* 
 // ---- Barriers and warp collectives. Each waits for the other threads; none is a function of this thread alone.
 
 EMULATOR_API void block_barrier(Site site);
+EMULATOR_API void named_barrier(int id, int threads, Site site);
 EMULATOR_API void warp_barrier(unsigned mask, Site site);
 
 enum class Shuffle { kIndex, kDown, kXor };
