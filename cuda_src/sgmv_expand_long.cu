@@ -3,8 +3,8 @@
 //
 //   expand   y[t, n] += sum over r < rank of h[t, r] * lora_b[s, n, r] + bias[s, n]
 //
-// MMAs, L2 (B, and h) and memory (y) each take a large part of the time, so that all three must be busy at once: a warp's
-// steps of 16 ranks follow one another from unit to unit without a break, B three steps ahead and y a unit ahead.
+// MMAs, L2 (B, and h) and memory (y) each take a large part of the time, so all three must be busy at once: steps of
+// 16 ranks follow one another from unit to unit without a break, B three steps ahead and y a unit ahead.
 #include <common/sgmv_expand.cuh>
 #include <common/shared.cuh>
 
@@ -15,8 +15,8 @@ constexpr int kBlockN = kColumnWarps * kWarpN;  // columns of y
 constexpr int kWarpRows = 64, kWarpEights = 8;  // rows of a warp, and by eights
 constexpr int kRing = 4;                        // steps of B in shared memory
 
-// Any grid, 128 * kRowWarps threads. A block takes 64 * kRowWarps rows of an item and 256 neighbouring columns, then the
-// next of its share of such units; a warp makes 64 of the columns for 64 of the rows. Rounds once, when y is stored.
+// Any grid, 128 * kRowWarps threads. A unit is 64 * kRowWarps rows of an item and 256 neighbouring columns, of which a
+// warp makes 64 columns of 64 rows. A block takes runs of up to run_units units in turn. Rounds once, when y is stored.
 //
 // After shrink it starts before that has ended, and then reads all but h. Nothing is __restrict__: what the kernels
 // before write would be read ahead of the wait for them.
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
                             const int* rows,   // [max_items, tiles * 64 * kRowWarps]
                             const int* items,  // [1 + max_items, 4]
                             int tiles,         // of an item's rows
-                            int num_slices, int column_blocks, int h_stride, bool is_after_shrink) {
+                            int num_slices, int run_units, int h_stride, bool is_after_shrink) {
   constexpr int kRows = kWarpRows * kRowWarps, kEights = kRows / 8, kWarps = kColumnWarps * kRowWarps;
   constexpr bool kYAhead = sizeof(Out) == 2;                                  // y in tiles, or where it is
   constexpr int kYChunks = kYAhead ? kWarpRows * WarpTile<Out>::kChunks : 0;  // of a warp
@@ -55,20 +55,32 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
   const auto* const own_fragments = fragments + row_warp * kWarpEights * kMaxSteps * kWarpSize + lane;
 
   if (!is_after_shrink) griddepcontrol_wait();
-  const int units = num_items(items) * tiles * column_blocks;
-  const int first_unit = static_cast<int>(static_cast<long long>(units) * blockIdx.x / gridDim.x);
-  const int last_unit = static_cast<int>(static_cast<long long>(units) * (blockIdx.x + 1) / gridDim.x);
-  if (units == 0) griddepcontrol_wait();  // nobody else would
+  int slice_runs[kMaxSlices], tile_runs = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxSlices; ++i) {
+    slice_runs[i] =
+        i < num_slices ? ceil_div(ceil_div(static_cast<int>(slices.at[i].out_dim), kBlockN), run_units) : 0;
+    tile_runs += slice_runs[i];
+  }
+  const int runs = num_items(items) * tiles * tile_runs;
+  if (runs == 0) griddepcontrol_wait();  // nobody else would
 
-  // A run of units of the same rows and the same slice.
-  for (int unit = first_unit, run; unit < last_unit; unit += run) {
-    const int tile = unit / column_blocks, first_column_block = unit % column_blocks;
-    int slice = 0;
-    while (slice + 1 < num_slices && first_column_block >= slices.at[slice + 1].first_block) ++slice;
+  // A run of units of the same rows and the same slice. Runs beside each other have columns beside each other, and take
+  // turns in them: so that memory sees whole rows of y.
+  for (int index = blockIdx.x; index < runs; index += gridDim.x) {
+    const int tile = index / tile_runs;
+    int slice = 0, first_block = index % tile_runs, stride = slice_runs[0];
+#pragma unroll
+    for (int i = 1; i < kMaxSlices; ++i) {
+      if (slice == i - 1 && first_block >= stride) {
+        first_block -= stride;
+        slice = i;
+        stride = slice_runs[i];
+      }
+    }
     const auto& of = slices.at[slice];
-    const int end =
-        slice + 1 < num_slices ? static_cast<int>(slices.at[slice + 1].first_block) : column_blocks;
-    run = min(last_unit - unit, end - first_column_block);
+    const int run = ceil_div(ceil_div(static_cast<int>(of.out_dim), kBlockN) - first_block, stride);
+    stride *= kBlockN;  // columns from unit to unit
     const Item item = load_item(items, tile / tiles);
     const int num_rows = min(item.rows - tile % tiles * kRows, kRows);
     if (num_rows <= 0) continue;
@@ -87,8 +99,7 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
     constexpr int kOwnRanks = 16 / kRowWarps;
     const int b_row = lane / WarpTile<T>::kChunks, b_chunk = lane % WarpTile<T>::kChunks;
     const int own_rank = row_warp * kOwnRanks;
-    const int warp_col =
-        (first_column_block - static_cast<int>(of.first_block)) * kBlockN + column_warp * kWarpN;
+    const int warp_col = first_block * kBlockN + column_warp * kWarpN;
     const int num_cols = static_cast<int>(of.out_dim) - warp_col;
     const T* b = of.lora_b + item.slot * of.slot_stride + (own_rank + b_row) * of.rank_stride + warp_col +
                  b_chunk * kBPiece;
@@ -108,9 +119,9 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
         if (--steps_left == 0) {  // the next unit
           --units_left;
           steps_left = steps;
-          from = b += kBlockN;
+          from = b += stride;
           ranks_left =
-              (run - units_left) * kBlockN + b_chunk * kBPiece < num_cols ? rank - own_rank - b_row : 0;
+              (run - units_left) * stride + b_chunk * kBPiece < num_cols ? rank - own_rank - b_row : 0;
         }
       }
       cp_async_commit();
@@ -190,7 +201,7 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
 
     int slot = 0;
     for (int i = 0; i < run; ++i) {
-      const int columns = num_cols - i * kBlockN;  // of y, from the warp's first on
+      const int columns = num_cols - i * stride;  // of y, from the warp's first on
       float acc[kWarpEights][4][4] = {};
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -239,8 +250,8 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
       }
       __syncwarp();
       Row8<T> bias{};
-      if (of.bias != nullptr && g * 8 < columns)
-        load_row<true>(bias, of.bias + (item.slot + 1) * of.out_dim - columns + g * 8, 1, 8);
+      if (of.bias != nullptr)
+        load_row<false>(bias, of.bias + (item.slot + 1) * of.out_dim - columns + g * 8, 1, columns - g * 8);
 #pragma unroll
       for (int m = 0; m < kWarpEights; ++m) {
 #pragma unroll
@@ -280,8 +291,8 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
         }
         __syncwarp();  // the tile has been read
       }
-      y += kBlockN;
-      if (i + 1 < run) copy_y(columns - kBlockN);
+      y += stride;
+      if (i + 1 < run) copy_y(columns - stride);
     }
     cp_async_wait<0>();
   }

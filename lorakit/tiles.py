@@ -233,6 +233,21 @@ def sgmv_expand_blocks(instance: Instance) -> int:
 
 
 @functools.cache
+def sgmv_run_units(slice_blocks: tuple[int, ...], row_tiles: int, resident: int) -> int:
+    """Units of 256 columns that a block of a long expand takes of a slice at a time.
+
+    The fewer, the more often h is read again, which takes as long as a unit and a half. The more, the less
+    evenly `resident` blocks share them, and with more than 28 a row's columns are too far apart in time.
+    """
+
+    def time(units: int) -> float:
+        runs = row_tiles * sum(-(-blocks // units) for blocks in slice_blocks)
+        return -(-runs // resident) * (min(units, max(slice_blocks)) + 1.5)
+
+    return min(range(1, 29), key=time)
+
+
+@functools.cache
 def rope_ragged(dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool) -> Instance:
     """As many pairs per thread as divide both the rotated part and the rest."""
     pairs = next(n for n in (8, 4, 1) if head_dim % (2 * n) == 0 and rotary_dim % (2 * n) == 0)

@@ -59,6 +59,8 @@ extern "C" __global__ void mma_bfloat16(float* d, const unsigned* a, const unsig
 
 extern "C" __global__ void exponential(float* y, const float* x) { *y = ex2(*x); }
 
+extern "C" __global__ void meet(const int* id, const int* threads) { named_barrier(*id, *threads); }
+
 extern "C" __global__ void order(int) {
   griddepcontrol_wait();
   griddepcontrol_launch_dependents();
@@ -87,6 +89,7 @@ EXPECTED = {
     "mma_half": [f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {FRAGMENTS}"],
     "mma_bfloat16": [f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {FRAGMENTS}"],
     "exponential": ["ex2.approx.ftz.f32 y, x"],
+    "meet": ["barrier.sync id, threads"],
     "order": [
         "griddepcontrol.wait",
         "griddepcontrol.launch_dependents",

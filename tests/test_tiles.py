@@ -245,6 +245,22 @@ def test_expand_takes_what_shared_memory_has_room_for(
     assert tiles.sgmv_expand_blocks(instance) == {"1": 2, "2": 1}[params[0]]
 
 
+@pytest.mark.parametrize(
+    ("slice_blocks", "row_tiles", "units"),
+    [((56, 56), 64, 28), ((16, 4, 4), 32, 8), ((3,), 1, 1), ((112,), 48, 14), ((1, 1), 500, 1)],
+)
+def test_units_of_a_run(slice_blocks: tuple[int, ...], row_tiles: int, units: int) -> None:
+    """On 132 blocks: counted through, no other number of units ends earlier."""
+    assert tiles.sgmv_run_units(slice_blocks, row_tiles, 132) == units
+
+    def end(units: int) -> float:
+        runs = [min(units, n - first) for n in slice_blocks for first in range(0, n, units)]
+        rounds = -(-len(runs) * row_tiles // 132)
+        return rounds * (max(runs) + 1.5)
+
+    assert end(units) == min(end(n) for n in range(1, 29))
+
+
 # ---- Shared memory is what the kernel takes ----------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 // What the kernels of expand share: the slices, tiles of a warp, and the operands of their MMAs.
 //
-// Columns of y are the 16 rows of an MMA and rows of h its 8 columns. Each sum has one order: 16 ranks at a time, then the
-// bias, then y.
+// Columns of y are the 16 rows of an MMA and rows of h its 8 columns. Each sum has one order: 16 ranks at a time, then
+// the bias, then y.
 #pragma once
 
 #include <common/mma.cuh>

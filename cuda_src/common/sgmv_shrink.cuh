@@ -13,8 +13,8 @@ constexpr int kChainK = 256;         // columns of in_dim that an accumulator su
 constexpr int kPartK = 4 * kChainK;  // columns of a block
 
 // ---- Operands ----
-// Of a tile that has 128 bytes of in_dim: A = 16 ranks from row `row` + `more` on, columns 16 j .. 16 j + 15. Known to the
-// compiler are j and `more`, a multiple of 8: then all ranks and rows have one address and distances from it.
+// Of a tile that has 128 bytes of in_dim: A = 16 ranks from row `row` + `more` on, columns 16 j .. 16 j + 15. The
+// compiler knows j and `more`, a multiple of 8: then all ranks and rows have one address and distances from it.
 template <typename T>
 __device__ void load_ranks(FragmentA<T>& a, SwizzledTile tile, int row, int more, int j) {
   const int lane = threadIdx.x % kWarpSize;

@@ -139,7 +139,8 @@ def expand(
     """
     y, itemsize = slices[0][0], slices[0][2].dtype.itemsize
     members: list[Any] = []
-    column_blocks, aligned = 0, h.shape[2] % 4 == 0 and checks.is_aligned(h)
+    slice_blocks: list[int] = []
+    aligned = h.shape[2] % 4 == 0 and checks.is_aligned(h)
     for target, column, b, ranks, bias in slices:
         slot_stride, stride, rank_stride = _elements(b)
         aligned = aligned and b.shape[1] % 8 == 0 and b.strides[1] == itemsize
@@ -147,37 +148,30 @@ def expand(
         aligned = aligned and target.strides[0] < 2**32
         members += [b, bias, signed(backend, ranks), target, b.shape[2], b.shape[1]]
         members += [slot_stride, rank_stride, stride, target.strides[0]]
-        members += [column_blocks, column]
-        column_blocks += -(-b.shape[1] // tiles.SGMV_BLOCK_N)
+        members += [sum(slice_blocks), column]
+        slice_blocks.append(-(-b.shape[1] // tiles.SGMV_BLOCK_N))
+    column_blocks = sum(slice_blocks)
     if column_blocks == 0:
         return
     rank = max(b.shape[2] for _, _, b, _, _ in slices)
     dtypes = slices[0][2].dtype, y.dtype
     tile = tiles.sgmv_expand(*dtypes, rank, route.item_rows, aligned, backend.shared_bytes)
-    row_tiles = route.item_rows // tiles.sgmv_expand_rows(tile)
-    units = len(route.rows) * row_tiles * column_blocks
-    is_long = tile.source == "sgmv_expand_long.cu"
-    if is_long or route.item_rows < 64:  # what is resident, for many items may have no rows
-        blocks = min(units, tiles.sgmv_expand_blocks(tile) * backend.multiprocessors)
+    tile_rows = tiles.sgmv_expand_rows(tile)
+    row_tiles = route.item_rows // tile_rows
+    resident = tiles.sgmv_expand_blocks(tile) * backend.multiprocessors
+    blocks = len(route.rows) * row_tiles * column_blocks
+    if tile.source == "sgmv_expand_long.cu":
+        blocks = min(blocks, resident)
+        full_tiles = -(-h.shape[1] // tile_rows)
+        run_units = tiles.sgmv_run_units(tuple(slice_blocks), full_tiles, resident)
+        sizes = [len(slices), run_units, h.shape[2]]
     else:
-        blocks = units
-    backend.launch(
-        tile,
-        (blocks,),
-        [
-            h,
-            _slices(members, len(slices)),
-            route.rows,
-            route.items,
-            row_tiles,
-            *([] if is_long else [h.shape[1]]),
-            len(slices),
-            column_blocks,
-            *([] if is_long else [len(h)]),
-            h.shape[2],
-            after_shrink,
-        ],
-    )
+        if route.item_rows < 64:  # what is resident, for many items may have no rows
+            blocks = min(blocks, resident)
+        sizes = [h.shape[1], len(slices), column_blocks, len(h), h.shape[2]]
+    slices_of = _slices(members, len(slices))
+    args = [h, slices_of, route.rows, route.items, row_tiles, *sizes, after_shrink]
+    backend.launch(tile, (blocks,), args)
 
 
 def _elements(array: Any) -> list[int]:

@@ -54,6 +54,7 @@ _CLEAN = {
     "matrices": Plant("matrices.cu", "multiply_kernel<__half>", 32, 1024, _PRODUCT),
     "pipeline": Plant("copies.cu", "pipeline_kernel<1, true>", 32, 1024, _PIPELINE),
     "neighbours": Plant("threads.cu", "neighbour_kernel<true>", 64, 0, (_ints(64), 3)),
+    "halves": Plant("threads.cu", "halves_kernel<true>", 128, 0, (_ints(128), 3)),
     "early return": Plant("threads.cu", "early_return_kernel", 100, 0, (_ints(100), 70)),
     "block": Plant("threads.cu", "race_kernel<true>", 64, 0, (_ints(64),)),
     "warp": Plant("threads.cu", "warp_race_kernel<true>", 32, 0, (_ints(32),)),
@@ -123,6 +124,9 @@ PLANTS: dict[str, dict[str, Plant]] = {
             0,
             (_ints(64), 3),
             _RACE.format("neighbour"),
+        ),
+        "missing second named barrier": Plant(
+            "threads.cu", "halves_kernel<false>", 128, 0, (_ints(128), 3), _RACE.format("halves")
         ),
         "missing barrier after a copy": Plant(
             "copies.cu",

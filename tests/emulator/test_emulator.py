@@ -142,6 +142,22 @@ def test_missing_barrier_is_found_by_some_order(second_barrier: str) -> None:
     assert right == {"in_order": True, "lifo": synchronised, "random": synchronised}
 
 
+@pytest.mark.parametrize("second_barrier", ["true", "false"])
+def test_named_barriers(second_barrier: str) -> None:
+    """Two halves of a block meet apart and not equally often; some order finds a missing barrier."""
+    kernel = Kernel("threads.cu", f"halves_kernel<{second_barrier}>", 128)
+    successors = np.minimum(np.arange(128) + 1, np.repeat([63, 127], 64))
+    expected = np.repeat([3, 6], 64) * successors + np.repeat([3000, 15000], 64)
+    right = {}
+    for schedule in SCHEDULES:
+        out = emulator.empty(128, np.int32)
+        with emulator.scheduled(schedule, seed=1):
+            emulator.launch(kernel, (1,), (out, np.int32(3)))
+        right[schedule] = np.array_equal(out, expected)
+    synchronised = second_barrier == "true"
+    assert right == {"in_order": True, "lifo": synchronised, "random": synchronised}
+
+
 # ---- Memory
 
 
@@ -246,6 +262,19 @@ _OUT = 64
             r"divergent collective.*\n"
             r"  threads 0-7: __shfl_xor_sync\(mask 0xffffffff\) at .*threads.cu:\d+\n"
             r"  threads 8-31: __shfl_sync\(mask 0xffffffff\) at .*threads.cu:\d+\n",
+        ),
+        ("barrier_number_kernel()", r"named_barrier: id is 0, must be 1 to 15"),
+        ("part_of_a_warp_kernel()", r"named_barrier: 48 threads of a block of 64, must be whole"),
+        ("too_many_for_barrier_kernel()", r"named_barrier: 96 threads of a block of 64, must be"),
+        (
+            "other_counts_kernel()",
+            r"(divergent barrier: threads expect different numbers|deadlock)",
+        ),
+        (
+            "named_deadlock_kernel()",
+            r"deadlock: no thread can go on\n"
+            r"  threads 0-31: named_barrier\(2, 64\) at .*threads.cu:\d+\n"
+            r"  threads 32-63: returned\n",
         ),
         ("wrong_mask_kernel(int*)", r"__shfl_sync: the mask 0x0000ffff leaves out the caller"),
         ("returned_lane_kernel(int*)", r"__shfl_sync reads lane 3, which has returned"),

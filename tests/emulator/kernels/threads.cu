@@ -1,4 +1,5 @@
 // Barriers, shuffles, votes, atomics and shared memory, used well and badly.
+#include <common/ptx.cuh>
 #include <common/shared.cuh>
 
 namespace lorakit {
@@ -81,6 +82,29 @@ __global__ void neighbour_kernel(int* out, int rounds) {
     if (kSecondBarrier) __syncthreads();
   }
   out[threadIdx.x] = sum;
+}
+
+// The same within each half of the block, which has a barrier of its own; the second half goes twice as many rounds.
+template <bool kSecondBarrier>
+__global__ void halves_kernel(int* out, int rounds) {
+  __shared__ int slots[128];
+  const int half = threadIdx.x / 64, last = 64 * half + 63;
+  int sum = 0;
+  for (int round = 0; round < rounds * (1 + half); ++round) {
+    slots[threadIdx.x] = round * 1000 + threadIdx.x;
+    named_barrier(1 + half, 64);
+    sum += slots[min(static_cast<int>(threadIdx.x) + 1, last)];
+    if (kSecondBarrier) named_barrier(1 + half, 64);
+  }
+  out[threadIdx.x] = sum;
+}
+
+__global__ void barrier_number_kernel() { named_barrier(0, 64); }
+__global__ void part_of_a_warp_kernel() { named_barrier(1, 48); }
+__global__ void too_many_for_barrier_kernel() { named_barrier(1, 96); }
+__global__ void other_counts_kernel() { named_barrier(1, threadIdx.x < 32 ? 32 + 32 : 32); }
+__global__ void named_deadlock_kernel() {
+  if (threadIdx.x < 32) named_barrier(2, 64);
 }
 
 __global__ void divergent_barrier_kernel() {
