@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
     const T* b = of.lora_b + item.slot * of.slot_stride + (own_rank + b_row) * of.rank_stride + warp_col +
                  b_chunk * kBPiece;
     const T* from = b;
-    int copy_slot = 0, steps_left = steps, units_left = run;
+    int copy_slot = 0, steps_left = steps, units_left = steps > 0 ? run : 0;
     int ranks_left = b_chunk * kBPiece < num_cols ? rank - own_rank - b_row : 0;
     const auto copy_b = [&] {
       if (units_left > 0) {
@@ -289,7 +289,6 @@ __global__ void __launch_bounds__(kColumnWarps * kRowWarps * kWarpSize, kRowWarp
             store_piece<true>(advance(y + y_chunk * kYPiece, y_offsets[i * kYRows]),
                               y_own[i % 4][i / 4 * 4 * kWarpSize], kYPiece);
         }
-        __syncwarp();  // the tile has been read
       }
       y += stride;
       if (i + 1 < run) copy_y(columns - stride);

@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(kThreads, (kShrinkBlocks<T, kRowBlocks, kStage
     own_h[m] = h + (static_cast<long long>(part) * total_tokens + row_places[8 * m + own_row]) * h_stride +
                block.h_col + own_r;
     const float* sums_of_row = sums + (8 * m + own_row) * kSumStride + own_r;
-    float sum = sums_of_row[0];
+    float sum = 0.0f;
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums_of_row[w * kRows * kSumStride];
+    for (int w = 0; w < kWarps; ++w) sum += sums_of_row[w * kRows * kSumStride];
     if (8 * m + own_row < num_rows && own_r < block.h_cols) *own_h[m] = own_r < block.live ? sum : 0.0f;
   }
 

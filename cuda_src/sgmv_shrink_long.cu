@@ -15,8 +15,8 @@ constexpr int kChunks = SwizzledTile::kChunks;
 
 // Grid max_items * tiles * groups * ceil(blocks of 16 ranks / (kRankBlocks * kRankWarps)), 256 threads; a block makes
 // a group of parts, one after the other, of some ranks of some rows of an item, each warp 16 * kRankBlocks ranks of
-// 8 * kRowBlocks rows. Columns of h past the rank become 0, to the end of its block of 16. The last group's block adds
-// up all parts of its ranks, into the first.
+// 8 * kRowBlocks rows. Columns of h past the rank become 0, to the end of its block of 16. Whichever group's block ends
+// last adds up all parts of its ranks, into the first.
 //
 // Nothing is __restrict__: what the kernels before write would be read ahead of the wait for them.
 template <typename T, int kRankBlocks, int kRankWarps, int kRowBlocks>
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kRankBlocks* kRankWarps <= 3 ? 2 : 1
                             const int* items,  // [1 + max_items, 4]
                             int tiles,         // of an item's rows
                             float* h,          // [parts, total_tokens, h_stride]
-                            int* counters,     // [max_items * tiles, max_chunks], 0 before and after
+                            int* counters,  // [row tiles, max_chunks], 0 before and after; null for one part
                             int total_tokens, int in_dim, int num_slices, int rank_blocks, int parts,
                             int groups, int h_stride, int max_chunks) {
   constexpr int kRanks = 16 * kRankBlocks * kRankWarps, kRows = 8 * kRowBlocks * kWarps / kRankWarps;
@@ -77,8 +77,11 @@ __global__ void __launch_bounds__(kThreads, kRankBlocks* kRankWarps <= 3 ? 2 : 1
     if (row < kRanks) {
       const RankBlock block = blocks[row / 16];
       const auto& of = slices.at[block.slice];
-      live |= (row % 16 < block.live) << i;
-      from[i] = of.lora_a + item.slot * of.slot_stride + (block.rank + row % 16) * of.rank_stride + k;
+      const bool has_rank = row % 16 < block.live;
+      live |= has_rank << i;
+      from[i] = has_rank
+                    ? of.lora_a + item.slot * of.slot_stride + (block.rank + row % 16) * of.rank_stride + k
+                    : x;
     } else {
       const int m = min(row - kRanks, kRows - 1);
       live |= (m < num_rows) << i;

@@ -30,9 +30,8 @@ SGMV_MAX_SLICES = 3  # outputs of one launch
 SGMV_FEW_BLOCKS = 640  # of shrink: a handful for each multiprocessor of a large GPU
 SGMV_COUNTERS = 32  # of eight rows
 SGMV_ROUTE_THREADS = 1024
-LEAST_SHARED_BYTES = (
-    99 * 1024
-)  # that a block may have on every GPU from sm_80 on: sm_86, sm_89, sm_120
+# That a block may have on every GPU from sm_80 on: sm_86, sm_89 and sm_120 have no more.
+LEAST_SHARED_BYTES = 99 * 1024
 KV_THREADS = 256
 ROPE_THREADS = 256
 
@@ -196,7 +195,7 @@ def sgmv_expand(
 def _sgmv_expand_long(
     dtype: np.dtype[Any], out_dtype: np.dtype[Any], rank: int, item_rows: int, shared_bytes: int
 ) -> Instance:
-    """Two warps of 64 rows share B, and h of 256 ranks is there at once, where shared memory has room."""
+    """With room in shared memory two warps of 64 rows share B, and h of over 128 ranks is there at once."""
 
     def of(row_warps: int, steps: int) -> Instance:
         rows = 64 * row_warps

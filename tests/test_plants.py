@@ -17,6 +17,7 @@ from tests.mutants.sites import Mutant, all_mutants
 SHRINK = "tests/ops/test_sgmv.py::test_shrink[tile_plus_one-float16]"
 EXPAND = "tests/ops/test_sgmv.py::test_expand[rank_100-float16]"
 SHRINK_LONG = "tests/ops/test_sgmv.py::test_shrink[three_parts-bfloat16]"
+LONG = "tests/ops/test_invariance.py::test_tiles_of_every_size[3080-float16]"
 SHRINK_TAIL = "tests/ops/test_sgmv.py::test_shrink[k200_n264-bfloat16]"
 EXPAND_IN_PLACE = "tests/ops/test_sgmv.py::test_expand[y_wide-float16]"
 ATTENTION = "tests/ops/test_attention.py::test_attention[mixed-float16]"
@@ -64,6 +65,18 @@ def wait(source: str, nth: int, test: str, pending: str = "1") -> Plant:
 PLANTS = (
     *(barrier("sgmv_shrink.cu", nth, SHRINK_LONG) for nth in range(3)),
     *(barrier("sgmv_expand.cu", nth, EXPAND) for nth in (1, 3)),
+    barrier("sgmv_shrink_long.cu", 1, LONG),
+    barrier("sgmv_expand_long.cu", 3, LONG),
+    wait("sgmv_shrink_long.cu", 0, LONG, "kStages - 2"),
+    wait("sgmv_expand_long.cu", 0, LONG, "kRing - 1"),
+    Plant(
+        "warps that share B do not meet",
+        "sgmv_expand_long.cu",
+        "named_barrier(",
+        "named_barrier(1 + column_warp, kRowWarps * kWarpSize) -> ",
+        LONG,
+        schedule="random",
+    ),
     *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
     wait("sgmv_shrink.cu", 0, SHRINK, "kStages - 1"),
     wait("sgmv_expand.cu", 0, EXPAND, "kAhead - 1"),

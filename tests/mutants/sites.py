@@ -73,7 +73,7 @@ Edit = tuple[int, int, str]  # first token, last token, the text in their place
 def _barriers(source: Source, path: str) -> Iterator[Edit]:
     """Removed barrier."""
     for i in range(len(source)):
-        if source[i] in ("__syncthreads", "__syncwarp"):
+        if source[i] in ("__syncthreads", "__syncwarp", "named_barrier"):
             yield i, source.match[i + 1], ""
 
 

@@ -88,21 +88,21 @@ class SgmvCase:
         shrink = tiles.sgmv_shrink(self.dtype, blocks, self.item_rows, aligned, few)
         return self.route_instances() | {shrink}
 
-    def expand_instances(self) -> set[Instance]:
+    def expand_instances(self, shared_bytes: int = SHARED_BYTES) -> set[Instance]:
         """Of `sgmv_expand` by itself, whose h has rows of just the rank."""
-        return self._expand_instances(self.rank % 4 == 0)
+        return self._expand_instances(self.rank % 4 == 0, shared_bytes)
 
-    def _expand_instances(self, h_aligned: bool) -> set[Instance]:
+    def _expand_instances(self, h_aligned: bool, shared_bytes: int) -> set[Instance]:
         if not (self.rows and self.groups):
             return set()
         aligned = self.out_dim % 8 == 0 and self.b == "rank_major" and self.y != "shifted"
-        expand = tiles.sgmv_expand(
-            self.dtype, self.y_dtype, self.rank, self.item_rows, aligned and h_aligned, SHARED_BYTES
-        )
+        dtypes = self.dtype, self.y_dtype
+        aligned = aligned and h_aligned
+        expand = tiles.sgmv_expand(*dtypes, self.rank, self.item_rows, aligned, shared_bytes)
         return self.route_instances() | {expand}
 
-    def lora_instances(self) -> set[Instance]:
-        return self.shrink_instances() | self._expand_instances(True)
+    def lora_instances(self, shared_bytes: int = SHARED_BYTES) -> set[Instance]:
+        return self.shrink_instances() | self._expand_instances(True, shared_bytes)
 
 
 MIXED = ((0, 3), (2, 17), (-1, 2), (1, 4), (3, 1))

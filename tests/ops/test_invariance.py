@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lorakit import ops, tiles
 from lorakit.dtypes import bfloat16
 from lorakit.testing import activations, adapters, assert_bitwise_equal, rotary_table, row_offsets
-from tests.ops.helpers import FLOAT16, CacheCase, each_dtype
+from tests.ops.helpers import FLOAT16, CacheCase, each_dtype, shifted
 
 if TYPE_CHECKING:
     from tests.conftest import KernelDevice
@@ -167,6 +167,7 @@ def test_tiles_of_every_size(
     def run(item_rows: int, shared_bytes: int) -> list[NDArray[Any]]:
         monkeypatch.setattr(tiles, "sgmv_item_rows", lambda *_: item_rows)
         monkeypatch.setattr(kernels.backend, "shared_bytes", shared_bytes)
+        monkeypatch.setattr(kernels.backend, "multiprocessors", 25)  # two groups of four parts
         targets = [kernels.asarray(values) for values in y]
         ops.sgmv_lora_slices(
             kernels.asarray(x),
@@ -176,15 +177,17 @@ def test_tiles_of_every_size(
             None,
             offsets,
             slot_ranks=[m.slot_ranks for m in made],
-            bias=[kernels.asarray(m.bias) for m in made],
+            bias=[shifted(kernels, m.bias) for m in made],
             add_to=targets,
         )
         return [kernels.to_host(target) for target in targets]
 
+    has = kernels.backend.shared_bytes // 1024
     expected = run(8, tiles.LEAST_SHARED_BYTES)
     for values, before in zip(expected, y, strict=True):
         assert (values != before).mean() > 0.5
-    for item_rows, shared_bytes in ((16, 99), (64, 99), (128, 99), (128, 163), (128, 227)):
+    sizes = ((16, 99), (64, 99), (128, 99), (128, 163), (128, 227))
+    for item_rows, shared_bytes in [size for size in sizes if size[1] <= has]:
         for one, other in zip(run(item_rows, shared_bytes * 1024), expected, strict=True):
             assert_bitwise_equal(one, other, f"{item_rows} rows, {shared_bytes} KiB")
 

@@ -53,7 +53,7 @@ def test_expand(case: SgmvCase, kernels: KernelDevice, rng: np.random.Generator)
     problem = SgmvProblem(case, kernels, rng)
     _check_expand(
         problem,
-        case.expand_instances(),
+        case.expand_instances(kernels.backend.shared_bytes),
         lambda y: ops.sgmv_expand(
             kernels.asarray(problem.h),
             problem.device_b(),
@@ -74,7 +74,7 @@ def test_lora(case: SgmvCase, kernels: KernelDevice, rng: np.random.Generator) -
     problem = SgmvProblem(case, kernels, rng)
     _check_expand(
         problem,
-        case.lora_instances(),
+        case.lora_instances(kernels.backend.shared_bytes),
         lambda y: ops.sgmv_lora(
             kernels.asarray(problem.x),
             problem.device_a(),

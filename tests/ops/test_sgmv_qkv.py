@@ -44,7 +44,7 @@ class Case(CacheCase):
     """Stored ranks of q, k and v."""
     bias: bool = False
 
-    def instances(self) -> set[Instance]:
+    def instances(self, shared_bytes: int = SHARED_BYTES) -> set[Instance]:
         if not self.total_tokens:
             return set()
         blocks = sum(-(-rank // 16) for rank in self.ranks)
@@ -54,9 +54,9 @@ class Case(CacheCase):
         return {
             tiles.sgmv_route_items(),
             tiles.sgmv_shrink(self.dtype, blocks, item_rows, True, few),
-            tiles.sgmv_expand(self.dtype, self.dtype, self.ranks[0], item_rows, True, SHARED_BYTES),
+            tiles.sgmv_expand(self.dtype, self.dtype, self.ranks[0], item_rows, True, shared_bytes),
             tiles.sgmv_expand(
-                self.dtype, np.float32, max(self.ranks[1:]), item_rows, True, SHARED_BYTES
+                self.dtype, np.float32, max(self.ranks[1:]), item_rows, True, shared_bytes
             ),
             tiles.add_kv(self.dtype, np.float32),
         }
@@ -142,7 +142,7 @@ def test_qkv_lora(case: Case, kernels: KernelDevice, rng: np.random.Generator) -
             case.layer_idx,
             **options,
         )
-    assert seen == case.instances()
+    assert seen == case.instances(kernels.backend.shared_bytes)
 
     def exact(transform: Any) -> tuple[Any, Any]:
         wide = replace(cache, blocks=transform(widen(cache.blocks)))

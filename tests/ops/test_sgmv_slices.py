@@ -217,6 +217,27 @@ def test_items_do_not_shrink_with_many_groups_of_known_rank(kernels: KernelDevic
         assert route.item_rows == 128
 
 
+@pytest.mark.parametrize("rows", [3, 200, 2048, 4096])
+def test_a_slice_without_ranks_has_any_strides(
+    rows: int, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Its A and B start off 16-byte boundaries, as nothing is read of them."""
+    made = adapters(2, 80, 64, 24, bfloat16, rng)
+    x = kernels.asarray(activations((rows, 64), bfloat16, rng))
+    a, b = kernels.asarray(made.lora_a), kernels.asarray(made.lora_b.transpose(0, 2, 1))
+    odd = kernels.asarray(np.zeros((2, 4 * 64 + 1), bfloat16))
+    empty_a = odd[:, :64].reshape(2, 1, 64)[:, :0]
+    empty_b = odd[:, :24].reshape(2, 1, 24)[:, :0]
+    assert empty_a.strides[0] % 16
+    batch = np.array([1], np.int32), None, np.array([0, rows], np.int32)
+    y, nothing = ops.sgmv_lora_slices(
+        x, [a, empty_a], [b.transpose(0, 2, 1), empty_b.transpose(0, 2, 1)], *batch
+    )
+    assert_bitwise_equal(y, ops.sgmv_lora(x, a, b.transpose(0, 2, 1), *batch))
+    assert np.float64(kernels.to_host(y)).any()
+    assert not np.float64(kernels.to_host(nothing)).any()
+
+
 def test_an_empty_route(kernels: KernelDevice, rng: np.random.Generator) -> None:
     given = Slices(kernels, bfloat16, rng)
     ids, _, offsets = given.groups
