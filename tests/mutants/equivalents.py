@@ -43,7 +43,7 @@ _FITS = "The value fits in 32 bits for every size that the op accepts; it is wid
 EQUIVALENTS: tuple[Equivalent, ...] = (
     # ---- sgmv_expand.cu
     Equivalent(
-        "sgmv_expand.cu",
+        "common/sgmv_expand.cuh",
         "if (largest == 0.0f || largest == infinity()) return 1.0f;",
         ("largest == 0.0f || largest == infinity() -> largest == infinity()",),
         "A row of zeros stays what it is times any power of two.",
