@@ -141,7 +141,7 @@ def test_rank_vector(kernels: KernelDevice, rng: np.random.Generator) -> None:
         (2, 3, 24, "slot", 3),
         (2, 20, 24, "slot", LONG),
         (1, 40, 24, "rank", 3),
-        (1, 40, 24, "rank", LONG),
+        (1, 20, 24, "far rank", 2 * LONG),
         (1, 3, 130, "column", 3),
         (1, 3, 3, "far column", 3),
     ],
@@ -162,8 +162,9 @@ def test_expand_b(
     )
     if far == "slot":
         b = zeros(kernels, slots, FAR)[:, : ranks * out_dim].reshape(slots, ranks, out_dim)
-    elif far == "rank":
-        b = zeros(kernels, ranks, 2**26)[:, :out_dim].reshape(1, ranks, out_dim)
+    elif far.endswith("rank"):
+        stride = 2**26 if far == "rank" else 2**28  # from one step of 16 ranks to the next: 2**32
+        b = zeros(kernels, ranks, stride)[:, :out_dim].reshape(1, ranks, out_dim)
     else:
         b = zeros(kernels, out_dim, 2**25 if far == "column" else FAR)[:, :ranks]
         b = b.reshape(out_dim, 1, ranks).transpose(1, 2, 0)
