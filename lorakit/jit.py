@@ -40,14 +40,13 @@ class Backend(Protocol):
     """What an op needs of the place where its arrays live."""
 
     @property
-    def multiprocessors(self) -> int: ...
-    @property
     def shared_bytes(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def zeros(self, shape: Sequence[int], dtype: Any) -> Any: ...
     def full(self, shape: Sequence[int], dtype: Any, value: int) -> Any: ...
     def asarray(self, array: Any) -> Any: ...
     def error_word(self) -> Any: ...
+    def resident_blocks(self, instance: Instance) -> int: ...
     def launch(self, instance: Instance, grid: Sequence[int], args: Sequence[Any]) -> None: ...
 
 
@@ -196,6 +195,7 @@ class CupyBackend:
         self._cupy = import_cupy()
         self._device_id = device_id
         self._functions: dict[Instance, Any] = {}
+        self._resident_blocks: dict[Instance, int] = {}
         self._error_word: Any = None
 
     @property
@@ -253,9 +253,7 @@ class CupyBackend:
     def launch(self, instance: Instance, grid: Sequence[int], args: Sequence[Any]) -> None:
         """Launch an instance; it is compiled, or taken from the cache on disk, the first time."""
         with self._device:
-            function = self._functions.get(instance)
-            if function is None:
-                function = self._functions[instance] = self._load(instance)
+            function = self._function(instance)
             if instance.early and self._compute_capability >= 90:
                 stream = self._cupy.cuda.get_current_stream().ptr
                 driver.launch_early(function.kernel.ptr, instance, grid, args, stream)
@@ -267,9 +265,17 @@ class CupyBackend:
                 shared_mem=instance.shared_bytes,
             )
 
-    @functools.cached_property
-    def multiprocessors(self) -> int:
-        return int(self._device.attributes["MultiProcessorCount"])
+    def resident_blocks(self, instance: Instance) -> int:
+        """Blocks of an instance that run at the same time."""
+        blocks = self._resident_blocks.get(instance)
+        if blocks is None:
+            with self._device:
+                each = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                    self._function(instance).kernel.ptr, instance.threads, instance.shared_bytes
+                )
+            blocks = each * int(self._device.attributes["MultiProcessorCount"])
+            self._resident_blocks[instance] = blocks
+        return blocks
 
     @functools.cached_property
     def shared_bytes(self) -> int:
@@ -279,6 +285,12 @@ class CupyBackend:
     @functools.cached_property
     def _compute_capability(self) -> int:
         return int(self._device.compute_capability)
+
+    def _function(self, instance: Instance) -> Any:
+        function = self._functions.get(instance)
+        if function is None:
+            function = self._functions[instance] = self._load(instance)
+        return function
 
     def _load(self, instance: Instance) -> Any:
         flags = options(self._compute_capability)

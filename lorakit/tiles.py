@@ -136,19 +136,18 @@ def sgmv_is_few(max_items: int, rank_blocks: int, parts: int) -> bool:
     return max_items * rank_blocks * parts <= SGMV_FEW_BLOCKS
 
 
-def sgmv_shrink_groups(instance: Instance, blocks: int, parts: int, multiprocessors: int) -> int:
+def sgmv_shrink_groups(blocks: int, parts: int, resident: int) -> int:
     """Groups of parts of in_dim of a long shrink: as many as run at once, and of as many parts each.
 
     Of many parts each is a group: blocks that start when others end share the GPU more evenly.
 
     Args:
         blocks: Of the launch, for each group.
+        resident: That run at once.
     """
     if parts > 8:
         return parts
-    rows, ranks = sgmv_shrink_tile(instance)
-    resident = 1 if ranks > 3 else 4 if rows + 16 * ranks <= 80 else 2
-    groups = min(max(resident * multiprocessors // blocks, 1), parts)
+    groups = min(max(resident // blocks, 1), parts)
     return -(-parts // -(-parts // groups))
 
 
@@ -219,16 +218,6 @@ def sgmv_expand_rows(instance: Instance) -> int:
     """Rows of a block of an expand instance."""
     long = instance.source == "sgmv_expand_long.cu"
     return (64 if long else 1) * int(instance.params[2])
-
-
-def sgmv_expand_blocks(instance: Instance) -> int:
-    """Blocks of a multiprocessor of an expand instance."""
-    dtype, out_dtype, rows, *aligned = instance.params
-    if instance.source == "sgmv_expand_long.cu":
-        return 2 if rows == "1" else 1
-    if dtype == "float" or aligned == ["false"]:
-        return 1
-    return {"8": 7, "16": 4, "64": 2 if out_dtype == "float" else 5}[rows]
 
 
 @functools.cache

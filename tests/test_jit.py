@@ -10,9 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -233,6 +234,7 @@ class FakeCupy:
 
 class FakeDevice:
     compute_capability = "90"
+    attributes: ClassVar = {"MultiProcessorCount": 132}
 
     def __init__(self, device_id: int) -> None:
         pass
@@ -261,6 +263,27 @@ def test_a_cache_that_cannot_be_written(
     (first, _), (second, _) = fake.launched
     assert first == ((1,), (INSTANCE.threads,), (np.int32(3), np.float32(0.5)))
     assert second == ((2,), (INSTANCE.threads,), (np.int32(4), np.uintp(0)))
+
+
+def test_resident_blocks_are_those_of_all_multiprocessors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the driver says of one, for this kernel, its threads and its shared memory; asked once."""
+    asked: list[tuple[int, ...]] = []
+
+    def occupancy(*of: int) -> int:
+        asked.append(of)
+        return 3
+
+    fake = FakeCupy()
+    fake.cuda.driver = SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=occupancy)
+    loaded = SimpleNamespace(kernel=SimpleNamespace(ptr=7))
+    monkeypatch.setattr(jit, "import_cupy", lambda: fake)
+    monkeypatch.setattr(jit.CupyBackend, "_load", lambda *_: loaded)
+    backend = jit.CupyBackend(0)
+    instance = replace(INSTANCE, shared_bytes=5000)
+    assert [backend.resident_blocks(instance) for _ in range(2)] == [3 * 132] * 2
+    assert asked == [(7, INSTANCE.threads, 5000)]
 
 
 # ---- Processes: with a GPU only ------------------------------------------------------------------------

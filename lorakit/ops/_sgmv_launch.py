@@ -97,7 +97,7 @@ def shrink(
     groups, is_long = len(h), tile.source == "sgmv_shrink_long.cu"
     if is_long:  # a block has a group of parts
         full_blocks = -(-x.shape[0] // tile_rows) * chunks
-        groups = tiles.sgmv_shrink_groups(tile, full_blocks, len(h), backend.multiprocessors)
+        groups = tiles.sgmv_shrink_groups(full_blocks, len(h), backend.resident_blocks(tile))
     backend.launch(
         tile,
         (row_tiles * chunks * groups,),
@@ -158,16 +158,16 @@ def expand(
     tile = tiles.sgmv_expand(*dtypes, rank, route.item_rows, aligned, backend.shared_bytes)
     tile_rows = tiles.sgmv_expand_rows(tile)
     row_tiles = route.item_rows // tile_rows
-    resident = tiles.sgmv_expand_blocks(tile) * backend.multiprocessors
     blocks = len(route.rows) * row_tiles * column_blocks
-    if tile.source == "sgmv_expand_long.cu":
+    resident = backend.resident_blocks(tile)
+    is_long = tile.source == "sgmv_expand_long.cu"
+    if is_long or route.item_rows < 64:  # the grid stays, for many items may have no rows
         blocks = min(blocks, resident)
+    if is_long:
         full_tiles = -(-h.shape[1] // tile_rows)
         run_units = tiles.sgmv_run_units(tuple(slice_blocks), full_tiles, resident)
         sizes = [len(slices), run_units, h.shape[2]]
     else:
-        if route.item_rows < 64:  # what is resident, for many items may have no rows
-            blocks = min(blocks, resident)
         sizes = [h.shape[1], len(slices), column_blocks, len(h), h.shape[2]]
     slices_of = _slices(members, len(slices))
     args = [h, slices_of, route.rows, route.items, row_tiles, *sizes, after_shrink]

@@ -124,7 +124,8 @@ def make_route(x: Any, segments: Segments, max_num_loras: int) -> LoRARoute:
     # Each slot, and each group of another bound of the rank than its slot's first, is a class of its own.
     classes = max_num_loras + (0 if lora_ranks is None else groups)
     item_rows = tiles.sgmv_item_rows(total_tokens, min(groups, max_num_loras))
-    max_items = total_tokens // item_rows + min(total_tokens, groups, classes)
+    used = min(total_tokens, groups, classes)  # at most, each with one item and those that it fills
+    max_items = used + (total_tokens - used) // item_rows
     items = backend.zeros((1 + max_items, 4), np.int32)
     rows = backend.zeros((max_items, item_rows), np.int32)
     counters = backend.zeros((max_items * item_rows // 8, tiles.SGMV_COUNTERS), np.int32)

@@ -116,8 +116,11 @@ class Emulator:
         self._error_word: EmulatedArray | None = None
         self._one_at_a_time = threading.Lock()  # the runtime's state is global
 
-    multiprocessors = 2  # few, so that grids that go by it have work for more than one turn
+    blocks_at_once = 4  # few, so that grids that go by it have work for more than one turn
     shared_bytes = _MOST_SHARED_BYTES
+
+    def resident_blocks(self, instance: Any) -> int:
+        return self.blocks_at_once
 
     # ---- Arrays
 

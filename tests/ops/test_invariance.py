@@ -167,7 +167,9 @@ def test_tiles_of_every_size(
     def run(item_rows: int, shared_bytes: int) -> list[NDArray[Any]]:
         monkeypatch.setattr(tiles, "sgmv_item_rows", lambda *_: item_rows)
         monkeypatch.setattr(kernels.backend, "shared_bytes", shared_bytes)
-        monkeypatch.setattr(kernels.backend, "multiprocessors", 25)  # two groups of four parts
+        monkeypatch.setattr(
+            kernels.backend, "resident_blocks", lambda _: 25
+        )  # two groups of four parts
         targets = [kernels.asarray(values) for values in y]
         ops.sgmv_lora_slices(
             kernels.asarray(x),

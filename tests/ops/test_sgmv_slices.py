@@ -217,6 +217,39 @@ def test_items_do_not_shrink_with_many_groups_of_known_rank(kernels: KernelDevic
         assert route.item_rows == 128
 
 
+@pytest.mark.parametrize(
+    ("sizes", "slots"),
+    [
+        ([1, 1, 1, 61], 4),  # 3 items of one row, 8 of up to 8
+        ([1] * 64, 64),
+        ([0, 64, 0], 3),
+        ([20, 30, 13], 3),
+        ([1, 129, 17, 1], 9),
+        ([1, 1, 4094], 3),
+        ([5] * 40, 7),  # several groups of each slot
+    ],
+)
+@pytest.mark.parametrize("with_ranks", [False, True])
+def test_rows_have_room_for_their_items(
+    sizes: list[int], slots: int, with_ranks: bool, kernels: KernelDevice
+) -> None:
+    """Every row is in one item of its slot, and the worst sizes take all the room that there is."""
+    rows, groups = sum(sizes), len(sizes)
+    ids = np.arange(groups, dtype=np.int32) % slots
+    ranks = np.arange(groups, dtype=np.uint32) if with_ranks else None
+    x = kernels.asarray(np.zeros((rows, 8), np.float32))
+    route = ops.sgmv_route(x, ids, ranks, row_offsets(sizes), max_num_loras=slots)
+    items = kernels.to_host(route.items)
+    places = kernels.to_host(route.rows)
+    count, slot_of = items[0, 0], np.repeat(ids, sizes)
+    assert count <= len(places) == len(items) - 1
+    used = [places[i, : items[1 + i, 1]] for i in range(count)]
+    assert sorted(np.concatenate(used).tolist()) == list(range(rows))
+    assert all((slot_of[own] == items[1 + i, 0]).all() for i, own in enumerate(used))
+    if sizes.count(1) >= groups - 1:
+        assert count == len(places)
+
+
 @pytest.mark.parametrize("rows", [3, 200, 2048, 4096])
 def test_a_slice_without_ranks_has_any_strides(
     rows: int, kernels: KernelDevice, rng: np.random.Generator
