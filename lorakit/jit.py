@@ -266,12 +266,21 @@ class CupyBackend:
             )
 
     def resident_blocks(self, instance: Instance) -> int:
-        """Blocks of an instance that run at the same time."""
+        """Blocks of an instance that run at the same time.
+
+        Raises:
+            RuntimeError: Not even one fits on this GPU.
+        """
         blocks = self._resident_blocks.get(instance)
         if blocks is None:
             with self._device:
                 each = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
                     self._function(instance).kernel.ptr, instance.threads, instance.shared_bytes
+                )
+            if not each:
+                raise RuntimeError(
+                    f"{instance.name} does not run on GPU {self._device_id}: a block of {instance.threads} "
+                    f"threads and {instance.shared_bytes} bytes of shared memory does not fit"
                 )
             blocks = each * int(self._device.attributes["MultiProcessorCount"])
             self._resident_blocks[instance] = blocks

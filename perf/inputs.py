@@ -88,7 +88,7 @@ def slots_of_rows(
         mix: ``distinct`` and ``ranks`` (slots of several ranks): all slots in turn, in random order;
             ``uniform``: so many slots as the root of the rows, at random; ``zipf``: slots at random, the
             n-th as often as n**-1.5; ``identical``: one slot; ``halfbase``: distinct, every other row
-            a base row; ``segN``: N long segments.
+            a base row; ``segN``: N long segments; ``baseN``: N segments of base rows.
     """
     turn = np.arange(total_tokens) % max_num_loras
     if mix in ("distinct", "ranks", "halfbase"):
@@ -103,6 +103,8 @@ def slots_of_rows(
     elif mix.startswith("seg"):
         segments = int(mix[3:])
         slots = np.arange(total_tokens) * segments // max(total_tokens, 1) % max_num_loras
+    elif mix.startswith("base"):
+        slots = np.full(total_tokens, -1)
     else:
         raise ValueError(f"mix must be a pattern of rows, got {mix!r}")
     return slots.astype(np.int32)

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from lorakit import jit, tiles
+from lorakit.dtypes import STORAGE
 
 INSTANCE = tiles.store_kv(np.float32)
 
@@ -265,6 +266,18 @@ def test_a_cache_that_cannot_be_written(
     assert second == ((2,), (INSTANCE.threads,), (np.int32(4), np.uintp(0)))
 
 
+def backend_with_occupancy(
+    monkeypatch: pytest.MonkeyPatch, occupancy: Callable[..., int]
+) -> jit.CupyBackend:
+    """Of a driver that says so; it knows one kernel, as 7."""
+    fake = FakeCupy()
+    fake.cuda.driver = SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=occupancy)
+    loaded = SimpleNamespace(kernel=SimpleNamespace(ptr=7))
+    monkeypatch.setattr(jit, "import_cupy", lambda: fake)
+    monkeypatch.setattr(jit.CupyBackend, "_load", lambda *_: loaded)
+    return jit.CupyBackend(0)
+
+
 def test_resident_blocks_are_those_of_all_multiprocessors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -275,15 +288,20 @@ def test_resident_blocks_are_those_of_all_multiprocessors(
         asked.append(of)
         return 3
 
-    fake = FakeCupy()
-    fake.cuda.driver = SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=occupancy)
-    loaded = SimpleNamespace(kernel=SimpleNamespace(ptr=7))
-    monkeypatch.setattr(jit, "import_cupy", lambda: fake)
-    monkeypatch.setattr(jit.CupyBackend, "_load", lambda *_: loaded)
-    backend = jit.CupyBackend(0)
+    backend = backend_with_occupancy(monkeypatch, occupancy)
     instance = replace(INSTANCE, shared_bytes=5000)
     assert [backend.resident_blocks(instance) for _ in range(2)] == [3 * 132] * 2
     assert asked == [(7, INSTANCE.threads, 5000)]
+
+
+def test_an_instance_of_which_no_block_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = backend_with_occupancy(monkeypatch, lambda *_: 0)
+    with pytest.raises(RuntimeError) as caught:
+        backend.resident_blocks(INSTANCE)
+    assert str(caught.value) == (
+        f"{INSTANCE.name} does not run on GPU 0: a block of {INSTANCE.threads} threads and "
+        f"{INSTANCE.shared_bytes} bytes of shared memory does not fit"
+    )
 
 
 # ---- Processes: with a GPU only ------------------------------------------------------------------------
@@ -339,6 +357,38 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in folder.iterdir()
         if path.suffix == ".cubin"
     }
+
+
+BF16 = STORAGE[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "instance",
+    [
+        tiles.sgmv_shrink(BF16, 3, 8, True),
+        tiles.sgmv_shrink(STORAGE[0], 1, 8, False),
+        tiles.sgmv_shrink(BF16, 8, 128, True),
+        tiles.sgmv_expand(BF16, BF16, 16, 8, True),
+        tiles.sgmv_expand(BF16, BF16, 64, 64, True, 227 * 1024),
+        tiles.sgmv_expand(BF16, BF16, 64, 128, True, 227 * 1024),
+    ],
+    ids=lambda instance: instance.name.removeprefix("lorakit::"),
+)
+def test_resident_blocks_are_what_the_resources_allow(instance: tiles.Instance, gpu: Any) -> None:
+    """Registers come by 256 a warp, shared memory with what the driver keeps of it for each block."""
+    backend = jit.cupy_backend(gpu.cuda.Device().id)
+    kernel = backend._function(instance)
+    has = gpu.cuda.Device().attributes
+    warps = instance.threads // 32
+    shared_bytes = instance.shared_bytes + kernel.shared_size_bytes + 1024
+    each = min(
+        has["MaxBlocksPerMultiprocessor"],
+        has["MaxThreadsPerMultiProcessor"] // instance.threads,
+        has["MaxRegistersPerMultiprocessor"] // (warps * -(-kernel.num_regs // 8) * 256),
+        has["MaxSharedMemoryPerMultiprocessor"] // (-(-shared_bytes // 128) * 128),
+    )
+    assert backend.resident_blocks(instance) == each * has["MultiProcessorCount"]
 
 
 @pytest.mark.gpu

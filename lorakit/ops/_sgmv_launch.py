@@ -159,10 +159,10 @@ def expand(
     tile_rows = tiles.sgmv_expand_rows(tile)
     row_tiles = route.item_rows // tile_rows
     blocks = len(route.rows) * row_tiles * column_blocks
-    resident = backend.resident_blocks(tile)
     is_long = tile.source == "sgmv_expand_long.cu"
-    if is_long or route.item_rows < 64:  # the grid stays, for many items may have no rows
-        blocks = min(blocks, resident)
+    stays = is_long or route.item_rows < 64  # the grid: many items may have no rows
+    resident = backend.resident_blocks(tile) if stays else blocks
+    blocks = min(blocks, resident)
     if is_long:
         full_tiles = -(-h.shape[1] // tile_rows)
         run_units = tiles.sgmv_run_units(tuple(slice_blocks), full_tiles, resident)

@@ -96,6 +96,9 @@ class Emulator:
         schedule: The order in which threads and blocks run: one of `SCHEDULES`.
         seed: Of the random schedule.
         first_block: Where in a grid to start, for tests of grids too large to run as a whole.
+        blocks_at_once: What `resident_blocks` says of every instance: few, so that grids that go by it have
+            work for more than one turn.
+        shared_bytes: Shared memory that a block may have.
         seconds: Time on the CPU after which a launch counts as hung; not watched under "thread".
         sanitizer: "", "address" or "thread", of the process: set by ``python -m tests.emulator``.
         folders: Where kernel sources and their headers are looked for.
@@ -105,6 +108,8 @@ class Emulator:
         self.schedule = os.environ.get("LORAKIT_EMULATOR_SCHEDULE", "in_order")
         self.seed = int(os.environ.get("LORAKIT_EMULATOR_SEED", "0"))
         self.first_block = 0
+        self.blocks_at_once = 4
+        self.shared_bytes = _MOST_SHARED_BYTES
         self.seconds = float(os.environ.get("LORAKIT_EMULATOR_SECONDS", "60"))
         self.sanitizer = os.environ.get("LORAKIT_EMULATOR_SANITIZER", "")
         sources = os.environ.get("LORAKIT_EMULATOR_SOURCES")
@@ -115,9 +120,6 @@ class Emulator:
         self._libraries: dict[tuple[str, str, str, tuple[Path, ...]], ctypes.CDLL] = {}
         self._error_word: EmulatedArray | None = None
         self._one_at_a_time = threading.Lock()  # the runtime's state is global
-
-    blocks_at_once = 4  # few, so that grids that go by it have work for more than one turn
-    shared_bytes = _MOST_SHARED_BYTES
 
     def resident_blocks(self, instance: Any) -> int:
         return self.blocks_at_once

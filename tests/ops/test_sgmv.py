@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lorakit import ops, reference
+from lorakit import ops, reference, tiles
 from lorakit.dtypes import bfloat16
-from lorakit.testing import assert_bitwise_equal, assert_within_budget, widen
+from lorakit.testing import (
+    activations,
+    adapters,
+    assert_bitwise_equal,
+    assert_within_budget,
+    widen,
+)
+from lorakit.tiles import Instance
 from tests.ops.helpers import (
     FLOAT16,
     each_dtype,
@@ -129,6 +136,46 @@ def _check_expand(
     live[1:-1, margin : margin + case.out_dim] = ~problem.base[:, np.newaxis]
     assert before is not None
     assert_bitwise_equal(after[~live], before[~live], "what is no row of an adapter")
+
+
+@pytest.mark.parametrize(
+    ("item_rows", "rank", "asking"),
+    [
+        (8, 16, {"sgmv_expand.cu"}),
+        (64, 16, {"sgmv_shrink_long.cu"}),
+        (64, 24, {"sgmv_shrink_long.cu", "sgmv_expand_long.cu"}),
+    ],
+)
+def test_grids_go_by_the_instance_that_is_launched(
+    item_rows: int,
+    rank: int,
+    asking: set[str],
+    kernels: KernelDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
+    """How many of its blocks are resident is asked where a grid depends on it, and of no other instance."""
+    asked: set[Instance] = set()
+    resident_blocks: Callable[[Instance], int] = kernels.backend.resident_blocks
+
+    def ask(instance: Instance) -> int:
+        asked.add(instance)
+        return resident_blocks(instance)
+
+    monkeypatch.setattr(tiles, "sgmv_item_rows", lambda *_: item_rows)
+    monkeypatch.setattr(kernels.backend, "resident_blocks", ask)
+    made = adapters(1, rank, 64, 72, bfloat16, rng, ranks=[rank])
+    with launches(kernels) as seen:
+        ops.sgmv_lora(
+            kernels.asarray(activations((5, 64), bfloat16, rng)),
+            kernels.asarray(made.lora_a),
+            kernels.asarray(made.lora_b.transpose(0, 2, 1)).transpose(0, 2, 1),
+            np.array([0], np.int32),
+            None,
+            np.array([0, 5], np.int32),
+        )
+    assert {instance.source for instance in asked} == asking
+    assert asked <= seen
 
 
 @each_dtype
