@@ -133,9 +133,10 @@ def sgmv_lora(
     ``y[t] += (x[t] @ lora_a[s].T) @ lora_b[s].T + bias[s]``; the vector of the rank stays float32.
 
     An element is at most 1 ulp of y and ``c * 2**-24`` times the sum of all |terms| from exact, for float32 y
-    only the latter. For terms of either sign c is 4, for terms of one sign 32 and a quarter of the rank, as
-    tensor cores cut off and do not round; for bfloat16 128 more, as two of them stand for each float32 of
-    the vector of the rank. The norm of the error is 1.00 times that of rounding the exact result once.
+    only the latter. c is twice the additions in a row: at most 256 of columns, 4 of their sums, one for each
+    1024 columns, the rank, bias and y. Of normally distributed operands it is below 4, without their signs
+    below 32 and a quarter of the rank. For bfloat16 128 more, as two of them stand for each float32 of the
+    vector of the rank. The norm of the error is 1.00 times that of rounding the exact result once.
 
     Args and errors are those of the two ops; `add_to` and the result as in `sgmv_expand`.
     """

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lorakit import ops, tiles
 from lorakit.dtypes import bfloat16
 from lorakit.testing import activations, adapters, assert_bitwise_equal, rotary_table, row_offsets
-from tests.ops.helpers import FLOAT16, CacheCase, each_dtype, shifted
+from tests.ops.helpers import FLOAT16, FLOAT32, CacheCase, each_dtype, shifted
 
 if TYPE_CHECKING:
     from tests.conftest import KernelDevice
@@ -144,9 +144,10 @@ def test_a_small_rank_stored_at_16_and_at_more(
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, bfloat16], ids=str)
-@pytest.mark.parametrize("in_dim", [64, 1040, 3080])
+@pytest.mark.parametrize(("in_dim", "y_float32"), [(64, False), (1040, True), (3080, False)])
 def test_tiles_of_every_size(
     in_dim: int,
+    y_float32: bool,
     dtype: Any,
     kernels: KernelDevice,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +163,7 @@ def test_tiles_of_every_size(
         adapters(slots, rank, in_dim, n, dtype, rng, ranks=[rank, rank // 2, rank // 3])
         for n, rank in zip(outputs, stored, strict=True)
     ]
-    y = [activations((len(x), n), dtype, rng) for n in outputs]
+    y = [activations((len(x), n), FLOAT32 if y_float32 else dtype, rng) for n in outputs]
 
     def run(item_rows: int, shared_bytes: int) -> list[NDArray[Any]]:
         monkeypatch.setattr(tiles, "sgmv_item_rows", lambda *_: item_rows)

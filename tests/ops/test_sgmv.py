@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -156,26 +157,37 @@ def test_grids_go_by_the_instance_that_is_launched(
 ) -> None:
     """How many of its blocks are resident is asked where a grid depends on it, and of no other instance."""
     asked: set[Instance] = set()
-    resident_blocks: Callable[[Instance], int] = kernels.backend.resident_blocks
+    grids: dict[Instance, int] = {}
+    launch = kernels.backend.launch
 
     def ask(instance: Instance) -> int:
         asked.add(instance)
-        return resident_blocks(instance)
+        return 2
+
+    def record(instance: Instance, grid: Any, args: Any) -> None:
+        grids[instance] = math.prod(grid)
+        launch(instance, grid, args)
 
     monkeypatch.setattr(tiles, "sgmv_item_rows", lambda *_: item_rows)
     monkeypatch.setattr(kernels.backend, "resident_blocks", ask)
-    made = adapters(1, rank, 64, 72, bfloat16, rng, ranks=[rank])
-    with launches(kernels) as seen:
-        ops.sgmv_lora(
-            kernels.asarray(activations((5, 64), bfloat16, rng)),
-            kernels.asarray(made.lora_a),
-            kernels.asarray(made.lora_b.transpose(0, 2, 1)).transpose(0, 2, 1),
-            np.array([0], np.int32),
-            None,
-            np.array([0, 5], np.int32),
-        )
+    monkeypatch.setattr(kernels.backend, "launch", record)
+    made = adapters(1, rank, 3080, 600, bfloat16, rng, ranks=[rank])
+    ops.sgmv_lora(
+        kernels.asarray(activations((5, 3080), bfloat16, rng)),
+        kernels.asarray(made.lora_a),
+        kernels.asarray(made.lora_b.transpose(0, 2, 1)).transpose(0, 2, 1),
+        np.array([0], np.int32),
+        None,
+        np.array([0, 5], np.int32),
+    )
     assert {instance.source for instance in asked} == asking
-    assert asked <= seen
+    assert asked <= set(grids)
+    # Of three blocks of columns two stay; of four parts of in_dim a long shrink has two groups.
+    for instance, blocks in grids.items():
+        if "expand" in instance.source:
+            assert blocks == (2 if instance in asked else 3)
+        elif "shrink" in instance.source:
+            assert blocks == (2 if instance in asked else 4)
 
 
 @each_dtype
