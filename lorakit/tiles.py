@@ -34,6 +34,9 @@ SGMV_ROUTE_THREADS = 1024
 LEAST_SHARED_BYTES = 99 * 1024
 KV_THREADS = 256
 ROPE_THREADS = 256
+ROPE_STORE_THREADS = 128
+ROPE_STORE_PASSES = 4  # kHeads in rope_store.cu
+ROPE_STORE_FEW_TOKENS = 512  # with a pass of a block each, a wave or less of the largest GPUs
 
 
 @dataclass(frozen=True)
@@ -238,18 +241,45 @@ def sgmv_run_units(slice_blocks: tuple[int, ...], row_tiles: int, resident: int)
 @functools.cache
 def rope_ragged(dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool) -> Instance:
     """As many pairs per thread as divide both the rotated part and the rest."""
+    params = _rope_params(dtype, head_dim, rotary_dim, interleaved)
+    return Instance("rope.cu", "rope_ragged_kernel", params, ROPE_THREADS)
+
+
+@functools.cache
+def rope_store_kv(dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool) -> Instance:
+    """As many pairs per thread as `rope_ragged` takes."""
+    params = _rope_params(dtype, head_dim, rotary_dim, interleaved)
+    return Instance("rope_store.cu", "rope_store_kv_kernel", params, ROPE_STORE_THREADS)
+
+
+def _rope_params(
+    dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool
+) -> tuple[str, str, str]:
     pairs = next(n for n in (8, 4, 1) if head_dim % (2 * n) == 0 and rotary_dim % (2 * n) == 0)
-    return Instance(
-        "rope.cu",
-        "rope_ragged_kernel",
-        (_CPP_NAMES[np.dtype(dtype)], str(pairs), _flag(interleaved)),
-        threads=ROPE_THREADS,
-    )
+    return _CPP_NAMES[np.dtype(dtype)], str(pairs), _flag(interleaved)
 
 
 def rope_pairs(instance: Instance) -> int:
     """Pairs of a thread of a rope instance."""
     return int(instance.params[1])
+
+
+@functools.cache
+def rope_store_passes(total_tokens: int, heads: int, pass_heads: int) -> tuple[int, int]:
+    """Passes of a block of rope_store_kv over heads of a token, and blocks of a token.
+
+    Few tokens are spread over as many blocks as they can be; of many, a block takes as many heads as it
+    can have on their way, and the blocks of a token as many each.
+
+    Args:
+        heads: Of queries, keys and values.
+        pass_heads: Of one pass.
+    """
+    passes = -(-heads // pass_heads)
+    if total_tokens <= ROPE_STORE_FEW_TOKENS:
+        return 1, passes
+    blocks = -(-passes // ROPE_STORE_PASSES)
+    return -(-passes // blocks), blocks
 
 
 @functools.cache
@@ -310,6 +340,7 @@ def instances() -> tuple[Instance, ...]:
         sgmv_route_rows(),
         *dict.fromkeys(sgmv),  # each once
         *(rope_ragged(t, d, d, i) for t, d, i in itertools.product(STORAGE, (16, 8, 2), flags)),
+        *(rope_store_kv(t, d, d, i) for t, d, i in itertools.product(STORAGE, (16, 8, 2), flags)),
         *(store_kv(t) for t in STORAGE),
         *(add_kv(t, delta) for t, delta in outputs),
         *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, HEAD_DIMS)),

@@ -17,12 +17,13 @@ from tests.mutants.sites import Mutant, all_mutants
 SHRINK = "tests/ops/test_sgmv.py::test_shrink[tile_plus_one-float16]"
 EXPAND = "tests/ops/test_sgmv.py::test_expand[rank_100-float16]"
 SHRINK_LONG = "tests/ops/test_sgmv.py::test_shrink[three_parts-bfloat16]"
-LONG = "tests/ops/test_invariance.py::test_tiles_of_every_size[3080-float16]"
+LONG = "tests/ops/test_invariance.py::test_tiles_of_every_size[3080-False-float16]"
 SHRINK_TAIL = "tests/ops/test_sgmv.py::test_shrink[k200_n264-bfloat16]"
 EXPAND_IN_PLACE = "tests/ops/test_sgmv.py::test_expand[y_wide-float16]"
 ATTENTION = "tests/ops/test_attention.py::test_attention[mixed-float16]"
 NOT_CAUSAL = "tests/ops/test_attention.py::test_attention[not_causal-float16]"
 ROPE = "tests/ops/test_rope.py::test_rope[decode-bfloat16]"
+ROPE_STORE = "tests/ops/test_rope.py::test_rope_store[decode-bfloat16]"
 STORE = "tests/ops/test_kv_cache.py::test_store[mixed-bfloat16]"
 ADD = "tests/ops/test_kv_cache.py::test_add[mixed-bfloat16]"
 
@@ -114,6 +115,13 @@ PLANTS = (
             test,
         )
         for name, test in (("rope", ROPE), ("store", STORE), ("add", ADD))
+    ),
+    Plant(
+        "rope_store counts a row to the sequence before",
+        "rope_store.cu",
+        "winner = __popc(",
+        "<= -> <",
+        ROPE_STORE,
     ),
     Plant(
         "a page's tail, loaded",

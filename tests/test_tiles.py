@@ -69,6 +69,12 @@ CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
         rotations,
         st.booleans(),
     ),
+    "rope_store_kv": st.builds(
+        lambda dtype, dims, order: tiles.rope_store_kv(dtype, *dims, order),
+        dtypes,
+        rotations,
+        st.booleans(),
+    ),
     "store_kv": st.builds(tiles.store_kv, dtypes),
     "add_kv": deltas.map(lambda pair: tiles.add_kv(*pair)),
     "attention_ragged": st.builds(tiles.attention_ragged, dtypes, heads),
@@ -119,7 +125,8 @@ def test_the_list_holds_nothing_else() -> None:
             for shared_bytes in (tiles.LEAST_SHARED_BYTES, MOST_SHARED_BYTES)
         ),
         *(
-            tiles.rope_ragged(t, dim, rotary, order)
+            choose(t, dim, rotary, order)
+            for choose in (tiles.rope_ragged, tiles.rope_store_kv)
             for t in STORAGE
             for dim in dims
             for rotary in range(2, dim + 1, 2)
@@ -173,8 +180,25 @@ def test_numbers_that_ops_read_from_a_name() -> None:
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 128, 128, True)) == 8
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 24, True)) == 4
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
+    assert tiles.rope_pairs(tiles.rope_store_kv(np.float16, 24, 24, True)) == 4
     assert tiles.attention_block_m(tiles.attention_ragged(np.float16, 128)) == 64
     assert tiles.attention_block_m(tiles.attention_ragged(np.float32, 128)) == 32
+
+
+@given(st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, tiles.ROPE_STORE_THREADS))
+def test_passes_of_rope_store(tokens: int, heads: int, pass_heads: int) -> None:
+    """All heads have a block, none has more passes than fit, and no block is without heads."""
+    passes, blocks = tiles.rope_store_passes(tokens, heads, pass_heads)
+    assert 1 <= passes <= tiles.ROPE_STORE_PASSES
+    assert (blocks - 1) * passes * pass_heads < heads <= blocks * passes * pass_heads
+
+
+def test_passes_of_rope_store_of_llama() -> None:
+    """32 + 8 + 8 heads, 16 a pass: three blocks for each of a few tokens, else one; 80 heads: two."""
+    assert tiles.rope_store_passes(64, 48, 16) == (1, 3)
+    assert tiles.rope_store_passes(tiles.ROPE_STORE_FEW_TOKENS, 48, 16) == (1, 3)
+    assert tiles.rope_store_passes(tiles.ROPE_STORE_FEW_TOKENS + 1, 48, 16) == (3, 1)
+    assert tiles.rope_store_passes(8192, 80, 16) == (3, 2)
 
 
 @pytest.mark.parametrize(

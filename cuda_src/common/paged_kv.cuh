@@ -19,7 +19,14 @@ struct PagedKV {
 
   // The element in `blocks` where a key row starts; -1, and an error reported, without a valid page.
   __device__ long long key_offset(int sequence, long long position, int head, unsigned* errors) const {
-    const long long logical_page = position / page_size;
+    // A length and the difference of two offsets, each below 2^32, are below 2^33: half of it is divided in 32
+    // bits, without the call that a division in 64 bits is.
+    long long logical_page = 2ll * (static_cast<unsigned>(position >> 1) / static_cast<unsigned>(page_size));
+    long long slot_in_page = position - logical_page * page_size;  // in [0, 2 * page_size)
+    if (slot_in_page >= page_size) {
+      ++logical_page;
+      slot_in_page -= page_size;
+    }
     unsigned page = static_cast<unsigned>(num_pages);
     if (logical_page < max_pages) {
       page = lookup_table[static_cast<long long>(sequence) * max_pages + logical_page];
@@ -29,7 +36,7 @@ struct PagedKV {
       return -1;
     }
     const long long slot =
-        (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + position % page_size;
+        (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + slot_in_page;
     return (slot * n_kv_heads + head) * head_dim;
   }
 };

@@ -189,9 +189,10 @@ class AttentionWithRope(Module):
         q, k, v = heads[:, :k_at], heads[:, k_at:v_at], heads[:, v_at:]
 
         where = (step.input_row_offsets, step.kv)
-        ops.store_kv(k, v, *where, step.layer_idx)
-        q = ops.rope_ragged(
+        q = ops.rope_store_kv(
             q,
+            k,
+            v,
             *where,
             table,
             step.layer_idx,

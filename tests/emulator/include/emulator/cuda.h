@@ -100,6 +100,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
   return result;
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 [[noreturn]] inline void __trap(emulator::Site site = emulator::Site::here()) { emulator::fail(site, "__trap()"); }
 
 // ---- Arithmetic beyond <cmath>
