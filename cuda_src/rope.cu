@@ -11,28 +11,11 @@
 // float32 numbers of a table made in float64; rounds once, at the store.
 #include <common/paged_kv.cuh>
 #include <common/ragged.cuh>
+#include <common/rope.cuh>
 
 namespace lorakit {
 
 constexpr int kThreads = 256;
-
-// kCount elements, in as few loads as they need.
-template <int kCount, typename T>
-__device__ void load_run(T (&to)[kCount], const T* from) {
-  constexpr int kStep = kCount < kPer16Bytes<T> ? kCount : kPer16Bytes<T>;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kStep) {
-    *reinterpret_cast<Vector<T, kStep>*>(&to[i]) = *reinterpret_cast<const Vector<T, kStep>*>(from + i);
-  }
-}
-template <int kCount, typename T>
-__device__ void store_run(T* to, const T (&from)[kCount]) {
-  constexpr int kStep = kCount < kPer16Bytes<T> ? kCount : kPer16Bytes<T>;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kStep) {
-    *reinterpret_cast<Vector<T, kStep>*>(to + i) = *reinterpret_cast<const Vector<T, kStep>*>(&from[i]);
-  }
-}
 
 // Grid ceil(total_tokens * (n_heads + n_kv_heads) * head_dim / (2 * kPairs) / 256).
 template <typename T, int kPairs, bool kInterleaved>
@@ -53,14 +36,16 @@ __global__ void __launch_bounds__(kThreads)
 
   // Which token, which head, which part of it.
   check_offsets(row_offsets, batch_size, total_tokens, errors);
-  const int heads = n_heads + n_kv_heads, units = head_dim / kElements, rotary_units = rotary_dim / kElements;
+  const int heads = n_heads + n_kv_heads, units = head_dim / kElements;
   const long long unit = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
   const long long token = unit / (static_cast<long long>(heads) * units);
-  const int head = static_cast<int>(unit / units % heads), part = static_cast<int>(unit % units);
+  const int head = static_cast<int>(unit / units % heads);
   if (token >= total_tokens) return;
+  const RopePart<kPairs, kInterleaved> part(static_cast<int>(unit % units), head_dim, rotary_dim,
+                                            rotate_last);
   const int sequence = segment_of(token, row_offsets, batch_size);
   const bool placed = sequence < batch_size && token >= row_offsets[sequence];
-  const bool is_query = head < n_heads, rotates = placed && part < rotary_units;
+  const bool is_query = head < n_heads, rotates = placed && part.rotates;
   if (!is_query && !rotates) return;
 
   // Where the head starts, before and after.
@@ -76,43 +61,23 @@ __global__ void __launch_bounds__(kThreads)
     from = to = blocks + start;
   }
 
-  // What is not rotated is copied: part rotary_units + i is the i-th run outside the rotated part.
-  const int rotary_start = rotate_last ? head_dim - rotary_dim : 0;
-  if (!rotates) {
-    const int start = part < rotary_units
-                          ? rotary_start + part * kElements
-                          : (rotate_last ? 0 : rotary_dim) + (part - rotary_units) * kElements;
-    alignas(16) T run[kElements];
-    load_run(run, from + start);
-    store_run(to + start, run);
-    return;
+  // Rotate it, or copy it.
+  Run<T, kPairs> first, second;
+  first.load(from + part.first);
+  second.load(from + part.second);
+  if (rotates) {
+    if (position >= num_positions) {
+      report(errors, kBadPosition);
+      position = num_positions - 1;
+    }
+    const float* row = freqs_cis + position * rotary_dim;
+    Run<float, kPairs> angles[2];
+    angles[0].load(row + part.first_angles);
+    angles[1].load(row + part.second_angles);
+    rotate<kPairs, kInterleaved>(first, second, angles);
   }
-
-  // Rotate pairs j .. j + kPairs.
-  if (position >= num_positions) {
-    report(errors, kBadPosition);
-    position = num_positions - 1;
-  }
-  const int j = part * kPairs;
-  const int first = rotary_start + (kInterleaved ? 2 * j : j);
-  const int second = kInterleaved ? first + kPairs : first + rotary_dim / 2;
-  alignas(16) T low[kPairs], high[kPairs];
-  alignas(16) float angles[kElements];
-  load_run(low, from + first);
-  load_run(high, from + second);
-  load_run(angles, freqs_cis + position * rotary_dim + 2 * j);
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    // Interleaved, the two runs hold whole pairs one after the other; else real parts, then imaginary ones.
-    T* re = kInterleaved ? (2 * i < kPairs ? &low[2 * i % kPairs] : &high[2 * i % kPairs]) : &low[i];
-    T* im = kInterleaved ? (2 * i + 1 < kPairs ? &low[(2 * i + 1) % kPairs] : &high[(2 * i + 1) % kPairs])
-                         : &high[i];
-    const float cos = angles[2 * i], sin = angles[2 * i + 1], real = to_float(*re), imaginary = to_float(*im);
-    *re = from_float<T>(real * cos - imaginary * sin);
-    *im = from_float<T>(real * sin + imaginary * cos);
-  }
-  store_run(to + first, low);
-  store_run(to + second, high);
+  first.store(to + part.first);
+  second.store(to + part.second);
 }
 
 }  // namespace lorakit

@@ -23,6 +23,7 @@ _CPP_NAMES = {
 
 # A head dim is padded to the next of these inside the attention kernel.
 HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
+DECODE_HEAD_DIMS = (64, 128, 256)
 
 SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
 SGMV_BLOCK_N = 256  # columns of a block of expand
@@ -34,6 +35,9 @@ SGMV_ROUTE_THREADS = 1024
 LEAST_SHARED_BYTES = 99 * 1024
 KV_THREADS = 256
 ROPE_THREADS = 256
+ROPE_STORE_THREADS = 128
+ROPE_STORE_PASSES = 4  # kHeads in rope_store.cu
+ROPE_STORE_FEW_TOKENS = 512  # with a pass of a block each, a wave or less of the largest GPUs
 
 
 @dataclass(frozen=True)
@@ -238,18 +242,45 @@ def sgmv_run_units(slice_blocks: tuple[int, ...], row_tiles: int, resident: int)
 @functools.cache
 def rope_ragged(dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool) -> Instance:
     """As many pairs per thread as divide both the rotated part and the rest."""
+    params = _rope_params(dtype, head_dim, rotary_dim, interleaved)
+    return Instance("rope.cu", "rope_ragged_kernel", params, ROPE_THREADS)
+
+
+@functools.cache
+def rope_store_kv(dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool) -> Instance:
+    """As many pairs per thread as `rope_ragged` takes."""
+    params = _rope_params(dtype, head_dim, rotary_dim, interleaved)
+    return Instance("rope_store.cu", "rope_store_kv_kernel", params, ROPE_STORE_THREADS)
+
+
+def _rope_params(
+    dtype: Any, head_dim: int, rotary_dim: int, interleaved: bool
+) -> tuple[str, str, str]:
     pairs = next(n for n in (8, 4, 1) if head_dim % (2 * n) == 0 and rotary_dim % (2 * n) == 0)
-    return Instance(
-        "rope.cu",
-        "rope_ragged_kernel",
-        (_CPP_NAMES[np.dtype(dtype)], str(pairs), _flag(interleaved)),
-        threads=ROPE_THREADS,
-    )
+    return _CPP_NAMES[np.dtype(dtype)], str(pairs), _flag(interleaved)
 
 
 def rope_pairs(instance: Instance) -> int:
     """Pairs of a thread of a rope instance."""
     return int(instance.params[1])
+
+
+@functools.cache
+def rope_store_passes(total_tokens: int, heads: int, pass_heads: int) -> tuple[int, int]:
+    """Passes of a block of rope_store_kv over heads of a token, and blocks of a token.
+
+    Few tokens are spread over as many blocks as they can be; of many, a block takes as many heads as it
+    can have on their way, and the blocks of a token as many each.
+
+    Args:
+        heads: Of queries, keys and values.
+        pass_heads: Of one pass.
+    """
+    passes = -(-heads // pass_heads)
+    if total_tokens <= ROPE_STORE_FEW_TOKENS:
+        return 1, passes
+    blocks = -(-passes // ROPE_STORE_PASSES)
+    return -(-passes // blocks), blocks
 
 
 @functools.cache
@@ -263,6 +294,57 @@ def add_kv(dtype: Any, delta_dtype: Any) -> Instance:
     """16 bytes of the cache per thread."""
     params = (_CPP_NAMES[np.dtype(dtype)], _CPP_NAMES[np.dtype(delta_dtype)])
     return Instance("kv_cache.cu", "add_kv_kernel", params, KV_THREADS)
+
+
+@functools.cache
+def attention_decode(dtype: Any, head_dim: int, shared_bytes: int = LEAST_SHARED_BYTES) -> Instance:
+    """As many tiles on their way as fit, up to three.
+
+    Args:
+        shared_bytes: Shared memory that a block may have.
+    """
+    dtype = np.dtype(dtype)
+    padded = next(dim for dim in DECODE_HEAD_DIMS if head_dim <= dim)
+    warps = 4 if padded * dtype.itemsize <= 256 or dtype.itemsize == 2 else 2
+    rows_bytes = 16 * _tile_row_bytes(padded, dtype)
+    sums_bytes = warps * 16 * 8 + -(-(warps + 2) * 8 // 16) * 16
+    if padded == 256:
+        sums_bytes += 16 * (padded * 4 + 8)
+
+    def of(stages: int) -> Instance:
+        return Instance(
+            "attention_decode.cu",
+            "attention_decode_kernel",
+            (_CPP_NAMES[dtype], str(padded), str(stages)),
+            threads=32 * warps,
+            shared_bytes=(2 * stages * warps + 1) * rows_bytes + sums_bytes,
+            early=True,
+        )
+
+    return next(tile for tile in map(of, (3, 2, 1)) if tile.shared_bytes <= shared_bytes)
+
+
+def attention_decode_keys(instance: Instance) -> int:
+    """Keys of a tile of a decode instance."""
+    return instance.threads // 2
+
+
+@functools.cache
+def attention_merge(dtype: Any, head_dim: int) -> Instance:
+    """A column per thread."""
+    padded = next(dim for dim in DECODE_HEAD_DIMS if head_dim <= dim)
+    return Instance(
+        "attention_merge.cu",
+        "attention_merge_kernel",
+        (_CPP_NAMES[np.dtype(dtype)], str(padded)),
+        threads=512,
+        early=True,
+    )
+
+
+def attention_state_floats(instance: Instance) -> int:
+    """Of a row of a merge instance: its values, largest score and sum, and two to align them."""
+    return int(instance.params[1]) + 4
 
 
 @functools.cache
@@ -310,9 +392,17 @@ def instances() -> tuple[Instance, ...]:
         sgmv_route_rows(),
         *dict.fromkeys(sgmv),  # each once
         *(rope_ragged(t, d, d, i) for t, d, i in itertools.product(STORAGE, (16, 8, 2), flags)),
+        *(rope_store_kv(t, d, d, i) for t, d, i in itertools.product(STORAGE, (16, 8, 2), flags)),
         *(store_kv(t) for t in STORAGE),
         *(add_kv(t, delta) for t, delta in outputs),
         *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, HEAD_DIMS)),
+        *dict.fromkeys(
+            attention_decode(*g)
+            for g in itertools.product(
+                STORAGE, DECODE_HEAD_DIMS, (99 * 1024, 163 * 1024, 227 * 1024)
+            )
+        ),
+        *(attention_merge(t, d) for t, d in itertools.product(STORAGE, DECODE_HEAD_DIMS)),
     ]
     return tuple(found)
 

@@ -1,4 +1,7 @@
-"""Rotation of queries and cached keys, against a copy (GPU) or plain NumPy on dense arrays (CPU)."""
+"""Rotation of queries and cached keys, against a copy (GPU) or plain NumPy on dense arrays (CPU).
+
+Together with storing keys and values, against the two ops apart.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pytest
 from lorakit import ops, reference
 from lorakit.testing import (
     MODELS,
+    assert_bitwise_equal,
     assert_within_budget,
     count_bytes,
     rope_terms,
@@ -49,6 +53,16 @@ GPU = [
     Case("llama-3-8b", 8, 1024, 0, True),
     Case("qwen2-7b", 8, 1024, 0, False),
     Case("llama-3-8b", 16, 2048, 0, False),
+]
+STORE_GPU = [
+    Case("llama-3-8b", 64, 1, 1024, False),
+    Case("llama-3-8b", 64, 1, 1024, True),
+    Case("llama-3-70b", 64, 1, 1024, False),
+    Case("llama-3-8b", 512, 1, 1024, False),
+    Case("llama-3-8b", 1, 1024, 0, False),
+    Case("llama-3-8b", 8, 1024, 0, False),
+    Case("llama-3-8b", 8, 1024, 0, True),
+    Case("llama-3-8b", 16, 4096, 0, False),
 ]
 
 
@@ -98,6 +112,53 @@ def test_rope_ragged(case: Case, place: Place, rng: np.random.Generator, benchma
     positions = table_host[case.cached :]
     work = Work(count_bytes(q_host, q_host, keys, keys, positions))
     measure(benchmark, place, call, work, _baseline(case, place, work, q_host, keys), share)
+
+
+@pytest.mark.parametrize("case", cases(CPU, STORE_GPU), ids=str)
+def test_rope_store_kv(case: Case, place: Place, rng: np.random.Generator, benchmark: Any) -> None:
+    """Queries, keys and values are slices of one fused projection."""
+    shape = MODELS[case.model]
+    new, cached = [case.new] * case.sequences, [case.cached] * case.sequences
+    heads = (shape.n_kv_heads, shape.head_dim)
+    cache = random_cache(cached, new, case.page_size, *heads, place.dtype, rng)
+    offsets, end = row_offsets(new), case.cached + case.new
+    fused = random_array((sum(new), shape.n_heads + 2 * heads[0], heads[1]), place.dtype, rng)
+    ends = (shape.n_heads, shape.n_heads + heads[0])
+    table_host = rotary_table(end, shape.head_dim)
+    before = cache.copy()
+    kv, table = place.cache(cache), place.asarray(table_host)
+    on_device = place.asarray(fused)
+    q, k, v = on_device[:, : ends[0]], on_device[:, ends[0] : ends[1]], on_device[:, ends[1] :]
+    where = (place.asarray(offsets), kv)
+
+    def call() -> Any:
+        return ops.rope_store_kv(q, k, v, *where, table, 0, interleaved=case.interleaved)
+
+    def apart() -> Any:
+        ops.store_kv(k, v, *where, 0)
+        return ops.rope_ragged(q, *where, table, 0, interleaved=case.interleaved)
+
+    got, share = call(), 0.0
+    for b in some_sequences(case.sequences):
+        rows = slice(int(offsets[b]), int(offsets[b + 1]))
+        q_host, k_host, v_host = np.split(fused[rows], ends, axis=1)
+        small = one_sequence(before, b, end, case.cached)
+        one = row_offsets([case.new])
+        reference.store_kv(widen(k_host), widen(v_host), one, small, 0)
+        given = (widen(q_host), one)
+        q_terms, k_terms = rope_terms(*given, small, table_host, 0, interleaved=case.interleaved)
+        exact = reference.rope_ragged(*given, small, table_host, 0, interleaved=case.interleaved)
+        wanted, terms = (
+            device_rows(blocks, small, 0, case.cached, end)[0] for blocks in (small.blocks, k_terms)
+        )
+        keys, values = device_rows(kv.blocks, cache, b, case.cached, end)
+        for result, right, size in ((to_host(got[rows]), exact, q_terms), (keys, wanted, terms)):
+            share = max(share, assert_within_budget(result, right, place.dtype, size, length=2))
+        assert_bitwise_equal(values, v_host)
+
+    # Everything is read and written, a row of the table for each position is read.
+    work = Work(count_bytes(fused, fused, table_host[case.cached :]))
+    measure(benchmark, place, call, work, Baseline("apart", apart), share)
 
 
 def _baseline(case: Case, place: Place, work: Work, q: Any, k: Any) -> Baseline:

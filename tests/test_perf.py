@@ -50,7 +50,7 @@ def test_the_sweeps_time_every_small_case_by_themselves(tmp_path: Path) -> None:
 
     results = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     groups = {result["group"] for result in results}
-    assert {"sgmv_lora", "sgmv_route", "rope_ragged"} <= groups
+    assert {"sgmv_lora", "sgmv_route", "rope_ragged", "rope_store_kv"} <= groups
     assert {"write_kv", "attention_ragged", "attention_layer"} <= groups
     for result in results:
         info = result["extra_info"]

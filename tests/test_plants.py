@@ -17,12 +17,14 @@ from tests.mutants.sites import Mutant, all_mutants
 SHRINK = "tests/ops/test_sgmv.py::test_shrink[tile_plus_one-float16]"
 EXPAND = "tests/ops/test_sgmv.py::test_expand[rank_100-float16]"
 SHRINK_LONG = "tests/ops/test_sgmv.py::test_shrink[three_parts-bfloat16]"
-LONG = "tests/ops/test_invariance.py::test_tiles_of_every_size[3080-float16]"
+LONG = "tests/ops/test_invariance.py::test_tiles_of_every_size[3080-False-float16]"
 SHRINK_TAIL = "tests/ops/test_sgmv.py::test_shrink[k200_n264-bfloat16]"
 EXPAND_IN_PLACE = "tests/ops/test_sgmv.py::test_expand[y_wide-float16]"
 ATTENTION = "tests/ops/test_attention.py::test_attention[mixed-float16]"
+DECODE = "tests/ops/test_attention.py::test_attention[chunks_of_1_and_2-float16]"
 NOT_CAUSAL = "tests/ops/test_attention.py::test_attention[not_causal-float16]"
 ROPE = "tests/ops/test_rope.py::test_rope[decode-bfloat16]"
+ROPE_STORE = "tests/ops/test_rope.py::test_rope_store[decode-bfloat16]"
 STORE = "tests/ops/test_kv_cache.py::test_store[mixed-bfloat16]"
 ADD = "tests/ops/test_kv_cache.py::test_add[mixed-bfloat16]"
 
@@ -78,6 +80,8 @@ PLANTS = (
         schedule="random",
     ),
     *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
+    *(barrier("attention_decode.cu", nth, DECODE) for nth in range(5)),
+    wait("attention_decode.cu", 0, DECODE, "kStages - 1"),
     wait("sgmv_shrink.cu", 0, SHRINK, "kStages - 1"),
     wait("sgmv_expand.cu", 0, EXPAND, "kAhead - 1"),
     wait("attention.cu", 0, ATTENTION),
@@ -116,18 +120,24 @@ PLANTS = (
         for name, test in (("rope", ROPE), ("store", STORE), ("add", ADD))
     ),
     Plant(
+        "rope_store counts a row to the sequence before",
+        "rope_store.cu",
+        "winner = __popc(",
+        "<= -> <",
+        ROPE_STORE,
+    ),
+    Plant(
         "a page's tail, loaded",
         "attention.cu",
         "key < num_keys ?",
-        "key < num_keys -> true",
+        "key >= begin_key && key < num_keys -> key >= begin_key",
         ATTENTION,
     ),
     Plant(
         "a page's tail, scored",
         "attention.cu",
-        "const bool visible",
-        "key_offsets[buffer * kBlockN + n] >= 0 && first_key + n <= last_keys[j / 2] -> "
-        "first_key + n <= last_keys[j / 2]",
+        "key_offsets[buffer * kBlockN + n] >= 0",
+        "key >= first_keys[j / 2] && key < end_keys[j / 2] -> key >= first_keys[j / 2]",
         NOT_CAUSAL,
     ),
     Plant("a NaN of the next slot", "attention.cu", "key < num_keys ?", "< -> <=", ATTENTION),

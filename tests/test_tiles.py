@@ -69,9 +69,19 @@ CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
         rotations,
         st.booleans(),
     ),
+    "rope_store_kv": st.builds(
+        lambda dtype, dims, order: tiles.rope_store_kv(dtype, *dims, order),
+        dtypes,
+        rotations,
+        st.booleans(),
+    ),
     "store_kv": st.builds(tiles.store_kv, dtypes),
     "add_kv": deltas.map(lambda pair: tiles.add_kv(*pair)),
     "attention_ragged": st.builds(tiles.attention_ragged, dtypes, heads),
+    "attention_decode": st.builds(
+        tiles.attention_decode, dtypes, heads, st.sampled_from([n * 1024 for n in (99, 163, 227)])
+    ),
+    "attention_merge": st.builds(tiles.attention_merge, dtypes, heads),
 }
 
 
@@ -119,7 +129,8 @@ def test_the_list_holds_nothing_else() -> None:
             for shared_bytes in (tiles.LEAST_SHARED_BYTES, MOST_SHARED_BYTES)
         ),
         *(
-            tiles.rope_ragged(t, dim, rotary, order)
+            choose(t, dim, rotary, order)
+            for choose in (tiles.rope_ragged, tiles.rope_store_kv)
             for t in STORAGE
             for dim in dims
             for rotary in range(2, dim + 1, 2)
@@ -128,6 +139,13 @@ def test_the_list_holds_nothing_else() -> None:
         *(tiles.store_kv(t) for t in STORAGE),
         *(tiles.add_kv(t, out) for t in STORAGE for out in (t, STORAGE[0])),
         *(tiles.attention_ragged(t, dim) for t in STORAGE for dim in dims),
+        *(
+            tiles.attention_decode(t, dim, shared_bytes * 1024)
+            for t in STORAGE
+            for dim in dims
+            for shared_bytes in (99, 163, 227)
+        ),
+        *(tiles.attention_merge(t, dim) for t in STORAGE for dim in dims),
     }
     assert set(INSTANCES) == chosen
 
@@ -151,6 +169,10 @@ def test_name() -> None:
 def test_limits(instance: tiles.Instance) -> None:
     """What needs more shared memory than every GPU has is chosen only where a block may have it."""
     more = instance.kernel == "sgmv_expand_long_kernel" and instance.params[2] == "2"
+    if instance.kernel == "attention_decode_kernel":  # stages
+        more = instance != tiles.attention_decode(
+            DTYPES[instance.params[0]], int(instance.params[1])
+        )
     assert 0 <= instance.shared_bytes <= (MOST_SHARED_BYTES if more else tiles.LEAST_SHARED_BYTES)
     assert 32 <= instance.threads <= 1024
     assert instance.threads % 32 == 0
@@ -173,8 +195,25 @@ def test_numbers_that_ops_read_from_a_name() -> None:
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 128, 128, True)) == 8
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 24, True)) == 4
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
+    assert tiles.rope_pairs(tiles.rope_store_kv(np.float16, 24, 24, True)) == 4
     assert tiles.attention_block_m(tiles.attention_ragged(np.float16, 128)) == 64
     assert tiles.attention_block_m(tiles.attention_ragged(np.float32, 128)) == 32
+
+
+@given(st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, tiles.ROPE_STORE_THREADS))
+def test_passes_of_rope_store(tokens: int, heads: int, pass_heads: int) -> None:
+    """All heads have a block, none has more passes than fit, and no block is without heads."""
+    passes, blocks = tiles.rope_store_passes(tokens, heads, pass_heads)
+    assert 1 <= passes <= tiles.ROPE_STORE_PASSES
+    assert (blocks - 1) * passes * pass_heads < heads <= blocks * passes * pass_heads
+
+
+def test_passes_of_rope_store_of_llama() -> None:
+    """32 + 8 + 8 heads, 16 a pass: three blocks for each of a few tokens, else one; 80 heads: two."""
+    assert tiles.rope_store_passes(64, 48, 16) == (1, 3)
+    assert tiles.rope_store_passes(tiles.ROPE_STORE_FEW_TOKENS, 48, 16) == (1, 3)
+    assert tiles.rope_store_passes(tiles.ROPE_STORE_FEW_TOKENS + 1, 48, 16) == (3, 1)
+    assert tiles.rope_store_passes(8192, 80, 16) == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -262,15 +301,15 @@ def test_units_of_a_run(slice_blocks: tuple[int, ...], row_tiles: int, units: in
 
 
 class Recorder:
-    """Launches on the emulator with a byte of shared memory less than asked for."""
+    """Launches on the emulator, of one instance with a byte of shared memory less than asked for."""
 
-    def __init__(self, launch: Callable[..., None]) -> None:
-        self.launch = launch
+    def __init__(self, launch: Callable[..., None], short: tiles.Instance) -> None:
+        self.launch, self.short = launch, short
         self.instances: list[tiles.Instance] = []
 
     def __call__(self, instance: tiles.Instance, grid: Sequence[int], args: Sequence[Any]) -> None:
         self.instances.append(instance)
-        less = max(instance.shared_bytes - 1, 0)
+        less = instance.shared_bytes - int(instance == self.short)
         self.launch(replace(instance, shared_bytes=less), grid, args)
 
 
@@ -284,8 +323,10 @@ def test_shared_bytes(
     """With a byte less the kernel has too little: the emulator says how much it takes."""
     if kernels.name != "emulator":
         pytest.skip("only the emulator counts what a kernel takes")
-    recorder = Recorder(kernels.backend.launch)
+    recorder = Recorder(kernels.backend.launch, instance)
     monkeypatch.setattr(kernels.backend, "launch", recorder)
+    room = max(instance.shared_bytes, tiles.LEAST_SHARED_BYTES)
+    monkeypatch.setattr(kernels.backend, "shared_bytes", room)
     with pytest.raises(EmulatorError) as caught:
         call(instance, kernels, rng)
     assert recorder.instances[-1] == instance
@@ -325,12 +366,12 @@ def call(instance: tiles.Instance, kernels: KernelDevice, rng: np.random.Generat
         y = array(rows, out_dim, of=DTYPES[instance.params[1]])
         b = array(1, rank, out_dim).transpose(0, 2, 1)
         ops.sgmv_expand(array(rows, rank, of=np.float32), b, *batch, add_to=y)
-    elif instance.kernel == "attention_ragged_kernel":
-        head_dim = int(instance.params[1])
+    elif instance.source in ("attention.cu", "attention_decode.cu"):
+        head_dim, tokens = int(instance.params[1]), 3 if "decode" in instance.source else 33
         cache = testing.paged_cache(
-            [2], [3], page_size=4, n_kv_heads=1, head_dim=head_dim, dtype=dtype, rng=rng
+            [2], [tokens], page_size=4, n_kv_heads=1, head_dim=head_dim, dtype=dtype, rng=rng
         )
-        offsets = testing.row_offsets([3])
-        ops.attention_ragged(array(3, 1, head_dim), offsets, kernels.cache(cache), 0)
+        offsets = testing.row_offsets([tokens])
+        ops.attention_ragged(array(tokens, 1, head_dim), offsets, kernels.cache(cache), 0)
     else:
         raise AssertionError(f"no call of {instance.kernel} is known here")

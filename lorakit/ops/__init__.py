@@ -7,7 +7,7 @@ CuPy's current stream. None reads device memory, so each can be captured in a CU
 from lorakit.ops.attention import attention_ragged
 from lorakit.ops.kv_cache import add_kv, store_kv
 from lorakit.ops.linear import linear
-from lorakit.ops.rope import rope_ragged
+from lorakit.ops.rope import rope_ragged, rope_store_kv
 from lorakit.ops.sgmv import (
     sgmv_expand,
     sgmv_lora,
@@ -23,6 +23,7 @@ __all__ = [
     "attention_ragged",
     "linear",
     "rope_ragged",
+    "rope_store_kv",
     "sgmv_expand",
     "sgmv_lora",
     "sgmv_lora_slices",

@@ -13,7 +13,7 @@ from.
 from lorakit.reference.attention import attention_ragged
 from lorakit.reference.kv_cache import KVCache, add_kv, store_kv
 from lorakit.reference.linear import linear
-from lorakit.reference.rope import rope_ragged
+from lorakit.reference.rope import rope_ragged, rope_store_kv
 from lorakit.reference.sgmv import (
     sgmv_expand,
     sgmv_lora,
@@ -28,6 +28,7 @@ __all__ = [
     "attention_ragged",
     "linear",
     "rope_ragged",
+    "rope_store_kv",
     "sgmv_expand",
     "sgmv_lora",
     "sgmv_lora_slices",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.reference.kv_cache import KVCache, new_tokens
+from lorakit.reference.kv_cache import KVCache, new_tokens, store_kv
 
 
 def rotate(
@@ -70,3 +70,38 @@ def rope_ragged(
         keys = blocks[pages, 0, layer_idx, slots]
         blocks[pages, 0, layer_idx, slots] = rotate(keys, table, interleaved, rotate_last)
     return out
+
+
+def rope_store_kv(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    input_row_offsets: NDArray[Any],
+    kv_collection: KVCache,
+    freqs_cis: NDArray[Any],
+    layer_idx: int,
+    *,
+    interleaved: bool = True,
+    rotate_last: bool = False,
+) -> NDArray[Any]:
+    """Stores this step's keys and values, then rotates queries and keys; a key is rounded once.
+
+    Args:
+        q: ``[total_tokens, n_heads, head_dim]``.
+        k, v: ``[total_tokens, n_kv_heads, head_dim]``, the cache's dtype.
+        input_row_offsets, kv_collection, freqs_cis, layer_idx, interleaved, rotate_last: as in
+            :func:`rope_ragged`.
+
+    Returns:
+        The rotated queries, new and contiguous; rows past the last offset are copied.
+    """
+    store_kv(k, v, input_row_offsets, kv_collection, layer_idx)
+    return rope_ragged(
+        q,
+        input_row_offsets,
+        kv_collection,
+        freqs_cis,
+        layer_idx,
+        interleaved=interleaved,
+        rotate_last=rotate_last,
+    )

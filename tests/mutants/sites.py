@@ -20,7 +20,15 @@ _FLIPPED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 # Names that come in pairs, and where.
 _PAIRS = {
     "common/mma.cuh": ("a_top a_bottom", "b_left b_right", "low high", "upper odd"),
-    "rope.cu": ("low high", "re im", "cos sin", "real imaginary", "first second"),
+    "rope.cu": ("first second",),
+    "rope_store.cu": ("first second", "k_row v_row", "key_row value_row", "start length"),
+    "common/rope.cuh": (
+        "re im",
+        "cos sin",
+        "real imaginary",
+        "first second",
+        "first_angles second_angles",
+    ),
 }
 _ASSIGNMENTS = ("=", "+=", "-=", "*=", "return", ",", ":", "?")
 

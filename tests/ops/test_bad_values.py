@@ -57,6 +57,9 @@ class Step:
         a, b, ids = map(place, (self.adapter.lora_a, self.adapter.lora_b, self.ids))
         calls: dict[str, Callable[[], Any]] = {
             "rope": lambda: ops.rope_ragged(q, offsets, on_device, place(self.table), 1),
+            "rope_store": lambda: ops.rope_store_kv(
+                q, k, v, offsets, on_device, place(self.table), 1
+            ),
             "store": lambda: ops.store_kv(k, v, offsets, on_device, 1),
             "add": lambda: ops.add_kv(k, v, offsets, on_device, 1),
             "attention": lambda: ops.attention_ragged(q, offsets, on_device, 1, return_lse=True),
@@ -86,7 +89,7 @@ BAD_OFFSETS = {
     "first negative, and no more rows than there are": (-1, 2, 6, 8),
     "up and down": (0, INT_MAX, INT_MIN, 9),
 }
-ALL_OPS = ("rope", "store", "add", "attention", "shrink", "expand", "qkv")
+ALL_OPS = ("rope", "rope_store", "store", "add", "attention", "shrink", "expand", "qkv")
 
 
 @pytest.mark.parametrize("op", ALL_OPS)
@@ -127,7 +130,7 @@ def test_rows_before_the_first_offset(
     step.offsets = np.array((40, 43, 44, 47), np.int32)
     results, blocks = step.run(op)
     assert "offsets" in kernels.take_errors()
-    if op == "rope":
+    if op in ("rope", "rope_store"):
         assert_bitwise_equal(results[0][:40], step.q[:40])
     elif op in ("shrink", "expand", "qkv"):
         assert not results[0][:40].any()
@@ -146,7 +149,7 @@ def test_rows_past_the_last_offset(
     step.offsets = np.array((0, 2, 4, 4), np.int32)
     results, blocks = step.run(op)
     assert kernels.take_errors() == ""
-    if op == "rope":
+    if op in ("rope", "rope_store"):
         assert_bitwise_equal(results[0][4:], step.q[4:])
     elif op == "attention":
         assert not results[0][4:].any()
@@ -170,8 +173,10 @@ def test_no_sequence_but_rows(kernels: KernelDevice, rng: np.random.Generator) -
     step.cache = replace(
         step.cache, cache_lengths=np.zeros(0, np.uint32), lookup_table=np.zeros((0, 3), np.uint32)
     )
-    (rotated,), blocks = step.run("rope")
-    assert_bitwise_equal(rotated, step.q)
+    for op in ("rope", "rope_store"):
+        (rotated,), blocks = step.run(op)
+        assert_bitwise_equal(rotated, step.q)
+        assert_bitwise_equal(blocks, step.before.blocks)
     (out, lse), _ = step.run("attention")
     assert not out.any()
     assert (lse == -np.inf).all()
@@ -220,7 +225,7 @@ def test_ranks_beyond_the_stored_one(
 
 
 @pytest.mark.parametrize("page", ["num_pages", "largest", "missing"])
-@pytest.mark.parametrize("op", ["store", "add", "rope", "qkv"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "qkv"])
 def test_a_bad_page_is_skipped(
     op: str, page: str, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
@@ -241,13 +246,13 @@ def test_a_bad_page_is_skipped(
     expected = good.copy()
     expected[skipped] = step.before.blocks[skipped]
     assert_bitwise_equal(blocks, expected)
-    if op == "rope":
+    if op in ("rope", "rope_store"):
         step.cache = step.before
         assert_bitwise_equal(results[0], step.run(op)[0][0], "queries")
 
 
 @pytest.mark.parametrize("length", [12, 2**31 - 1, 2**32 - 1])
-@pytest.mark.parametrize("op", ["store", "add", "rope", "qkv", "attention"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "qkv", "attention"])
 def test_positions_past_the_table_of_pages(
     op: str, length: int, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
@@ -261,7 +266,7 @@ def test_positions_past_the_table_of_pages(
     _, blocks = step.run(op)
     errors = kernels.take_errors()
     assert "page" in errors
-    assert op != "rope" or "position" in errors
+    assert op not in ("rope", "rope_store") or "position" in errors
     others = np.arange(len(blocks)) != step.cache.lookup_table[2, 0]
     assert_bitwise_equal(blocks[others], step.cache.blocks[others])
 
@@ -318,6 +323,30 @@ def test_a_position_past_freqs_cis_is_clamped(
     live = ~np.isnan(exact.blocks)
     size = np.full(live.sum(), 2 * np.abs(exact.blocks[live]).max())
     assert_within_budget(blocks[live], exact.blocks[live], np.float32, size, length=2)
+
+
+@pytest.mark.parametrize("damage", ["page", "position", "both", "offsets"])
+def test_stored_and_rotated_at_once_or_apart(
+    damage: str, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """rope_store_kv reports and writes what store_kv and then rope_ragged do."""
+    step = Step(kernels, rng)
+    if damage in ("page", "both"):
+        step.cache.lookup_table[0, 2] = len(step.cache.blocks)
+    if damage in ("position", "both"):
+        step.table = step.table[:6]
+    if damage == "offsets":
+        step.offsets = np.array((0, 6, 2, 9), np.int32)
+    together, blocks = step.run("rope_store")
+    errors = kernels.take_errors()
+    assert all(word in errors for word in {"both": ("page", "position")}.get(damage, (damage,)))
+    _, stored = step.run("store")
+    step.cache = replace(step.cache, blocks=stored)
+    apart, other_blocks = step.run("rope")
+    assert kernels.take_errors() == errors
+    if damage != "offsets":  # which row is whose is then not said
+        assert_bitwise_equal(together[0], apart[0], "queries")
+        assert_bitwise_equal(blocks, other_blocks, "the cache")
 
 
 # ---- The error word ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def at_the_start(case: CacheCase, rng: np.random.Generator) -> Any:
     return replace(cache, blocks=blocks, lookup_table=np.arange(pages, dtype=np.uint32)[np.newaxis])
 
 
-@pytest.mark.parametrize("op", ["store", "add", "rope", "attention"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "attention"])
 @each_dtype
 def test_the_first_element_of_the_cache_and_the_last_place_of_the_table(
     op: str, dtype: Any, kernels: KernelDevice, rng: np.random.Generator
@@ -102,10 +103,15 @@ def test_the_first_element_of_the_cache_and_the_last_place_of_the_table(
         getattr(ops, f"{op}_kv")(new, new, offsets, on_device, 0)
         getattr(reference, f"{op}_kv")(rows, rows, case.offsets(), expected, 0)
         assert_bitwise_equal(on_device.blocks, expected.blocks)
-    elif op == "rope":
+    elif op in ("rope", "rope_store"):
         table = rotary_table(8, 64)
-        ops.rope_ragged(new, offsets, on_device, kernels.asarray(table), 0)
-        reference.rope_ragged(rows, case.offsets(), expected, table, 0)
+        where, exact_where = (offsets, on_device), (case.offsets(), expected)
+        if op == "rope":
+            ops.rope_ragged(new, *where, kernels.asarray(table), 0)
+            reference.rope_ragged(rows, *exact_where, table, 0)
+        else:
+            ops.rope_store_kv(new, new, new, *where, kernels.asarray(table), 0)
+            reference.rope_store_kv(rows, rows, rows, *exact_where, table, 0)
         np.testing.assert_allclose(
             kernels.to_host(on_device.blocks).astype(np.float32),
             expected.blocks.astype(np.float32),
@@ -153,26 +159,30 @@ def test_the_first_element_of_the_cache_is_rotated(
     )
 
 
+@pytest.mark.parametrize("store", [False, True])
 def test_rows_past_the_last_offset_are_copied_whole(
-    kernels: KernelDevice, rng: np.random.Generator
+    store: bool, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
     """Where the rotated part is the last of a head too."""
     case = CacheCase("", (3, 0), (2, 3), page_size=4, n_heads=3, dtype=FLOAT32)
     cache = case.cache(rng)
     _, on_device = case.place(kernels, cache)
     q = case.rows(rng, 3)
-    out = ops.rope_ragged(
-        kernels.asarray(q),
+    kv = kernels.asarray(case.rows(rng, 2))
+    rotate = partial(ops.rope_store_kv, kernels.asarray(q), kv, kv)
+    if not store:
+        rotate = partial(ops.rope_ragged, kernels.asarray(q))
+    out = rotate(
         kernels.asarray(np.array([0, 2, 3], np.int32)),
         on_device,
-        kernels.asarray(rotary_table(8, 16)),
+        kernels.asarray(rotary_table(9, 16)[1:]),  # no row is the identity
         1,
         rotate_last=True,
     )
     assert_bitwise_equal(kernels.to_host(out)[3:], q[3:])
 
 
-@pytest.mark.parametrize("op", ["store", "add", "rope"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store"])
 def test_positions_of_more_than_32_bits_are_on_no_page(
     op: str, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
@@ -184,9 +194,15 @@ def test_positions_of_more_than_32_bits_are_on_no_page(
     cache.cache_lengths[1] = 2**32 - 1
     offsets, on_device = case.place(kernels, cache)
     rows = kernels.asarray(case.rows(rng, 2))
+    twice = kernels.asarray(rotary_table(1, 64) * 2)
     if op == "rope":
-        ops.rope_ragged(rows, offsets, on_device, kernels.asarray(rotary_table(1, 64) * 2), 1)
+        ops.rope_ragged(rows, offsets, on_device, twice, 1)
         assert "position" in kernels.take_errors()
+    elif op == "rope_store":
+        ops.rope_store_kv(rows, rows, rows, offsets, on_device, twice, 1)
+        errors = kernels.take_errors()
+        assert "position" in errors
+        assert "page" in errors
     else:
         getattr(ops, f"{op}_kv")(rows, rows, offsets, on_device, 1)
         assert "page" in kernels.take_errors()
@@ -200,7 +216,11 @@ def test_positions_of_more_than_32_bits_are_on_no_page(
     )
     offsets, expected = case_alone.place(kernels, alone)
     if op == "rope":
-        ops.rope_ragged(rows[:1], offsets, expected, kernels.asarray(rotary_table(1, 64) * 2), 1)
+        ops.rope_ragged(rows[:1], offsets, expected, twice, 1)
+        kernels.take_errors()
+    elif op == "rope_store":
+        one = rows[:1]
+        ops.rope_store_kv(one, one, one, offsets, expected, twice, 1)
         kernels.take_errors()
     else:
         getattr(ops, f"{op}_kv")(rows[:1], rows[:1], offsets, expected, 1)
@@ -278,7 +298,7 @@ def test_a_group_without_rows_may_have_any_slot(
 
 
 @pytest.mark.parametrize("place", [1, 128, 256, 300])
-@pytest.mark.parametrize("op", ["shrink", "attention", "rope"])
+@pytest.mark.parametrize("op", ["shrink", "attention", "rope", "rope_store"])
 def test_a_bad_offset_anywhere(
     op: str, place: int, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
@@ -298,6 +318,9 @@ def test_a_bad_offset_anywhere(
         if op == "rope":
             table = kernels.asarray(rotary_table(4, 8))
             ops.rope_ragged(q, offsets_on_device, cache, table, 1)
+        elif op == "rope_store":
+            table = kernels.asarray(rotary_table(4, 8))
+            ops.rope_store_kv(q, q, q, offsets_on_device, cache, table, 1)
         else:
             ops.attention_ragged(q, offsets_on_device, cache, 1)
     assert "offsets" in kernels.take_errors()

@@ -83,6 +83,7 @@ class Step:
             "slices": self.slices,
             "qkv": self.qkv,
             "rope": self.rope,
+            "rope store": self.rope_store,
             "store": self.store,
             "add": lambda: ops.add_kv(self.kv, self.kv, self.offsets, self.cache, 1),
             "attention": self.attention,
@@ -117,6 +118,9 @@ class Step:
     def rope(self, q: Any = None) -> Any:
         q = self.q if q is None else q
         return ops.rope_ragged(q, self.offsets, self.cache, self.table, 1)
+
+    def rope_store(self) -> Any:
+        return ops.rope_store_kv(self.q, self.kv, self.kv, self.offsets, self.cache, self.table, 1)
 
     def attention(self, q: Any = None) -> Any:
         q = self.q if q is None else q
@@ -153,7 +157,7 @@ def hosts(results: Any) -> list[NDArray[Any]]:
 
 @each_dtype
 @pytest.mark.parametrize(
-    "op", ["shrink", "lora", "qkv", "rope", "store", "add", "attention", "step"]
+    "op", ["shrink", "lora", "qkv", "rope", "rope store", "store", "add", "attention", "step"]
 )
 def test_replay_with_other_metadata(
     op: str, dtype: Any, gpu: Any, kernels: KernelDevice, rng: np.random.Generator

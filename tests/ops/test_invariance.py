@@ -222,7 +222,7 @@ def sequence_keys(case: CacheCase, blocks: Any, table: Any, row: int, b: int) ->
 
 
 @each_dtype
-@pytest.mark.parametrize("op", ["rope", "attention", "add", "qkv"])
+@pytest.mark.parametrize("op", ["rope", "rope_store", "attention", "add", "qkv"])
 def test_a_sequence_in_other_batches(
     op: str, dtype: Any, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
@@ -243,6 +243,9 @@ def test_a_sequence_in_other_batches(
         if op == "rope":
             table = kernels.asarray(rotary_table(80, 64))
             results = [ops.rope_ragged(kernels.asarray(q), *arguments, table, 1)]
+        elif op == "rope_store":
+            table, kv = kernels.asarray(rotary_table(80, 64)), kernels.asarray(q[:, :2])
+            results = [ops.rope_store_kv(kernels.asarray(q), kv, kv, *arguments, table, 1)]
         elif op == "attention":
             results = list(ops.attention_ragged(kernels.asarray(q), *arguments, 1, return_lse=True))
         elif op == "add":
@@ -318,6 +321,7 @@ def calls(
         "lora": lora,
         "qkv": cached(ops.sgmv_qkv_lora, x, [lora_a] * 3, [lora_b] * 3, *groups, after=(1,)),
         "rope": cached(ops.rope_ragged, q, after=(table, 1)),
+        "rope_store": cached(ops.rope_store_kv, q, kv, kv, after=(table, 1)),
         "store": cached(ops.store_kv, kv, kv, after=(1,)),
         "add": cached(ops.add_kv, kv, kv, after=(1,)),
         "attention": cached(attention, q, after=(1,)),
@@ -325,7 +329,7 @@ def calls(
 
 
 @each_dtype
-@pytest.mark.parametrize("op", ["lora", "qkv", "rope", "store", "add", "attention"])
+@pytest.mark.parametrize("op", ["lora", "qkv", "rope", "rope_store", "store", "add", "attention"])
 def test_repeated_runs(
     op: str, dtype: Any, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
@@ -339,7 +343,7 @@ def test_repeated_runs(
 
 
 @each_dtype
-@pytest.mark.parametrize("op", ["lora", "qkv", "rope", "store", "add", "attention"])
+@pytest.mark.parametrize("op", ["lora", "qkv", "rope", "rope_store", "store", "add", "attention"])
 def test_another_stream(
     op: str, dtype: Any, gpu: Any, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:

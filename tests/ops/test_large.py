@@ -31,7 +31,7 @@ def memory(gpu: Any) -> Any:
     gpu.get_default_memory_pool().free_all_blocks()
 
 
-@pytest.mark.parametrize("op", ["store", "add", "rope", "attention"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "attention"])
 def test_a_cache_of_which_only_the_last_pages_are_live(
     op: str, memory: Any, rng: np.random.Generator
 ) -> None:
@@ -59,6 +59,7 @@ def test_a_cache_of_which_only_the_last_pages_are_live(
             "store": lambda: ops.store_kv(kv, kv, offsets, cache, 0),
             "add": lambda: ops.add_kv(kv, kv, offsets, cache, 0),
             "rope": lambda: ops.rope_ragged(q, offsets, cache, freqs, 0),
+            "rope_store": lambda: ops.rope_store_kv(q, kv, kv, offsets, cache, freqs, 0),
             "attention": lambda: ops.attention_ragged(q, offsets, cache, 0),
         }
         return calls[op](), blocks[-len(small.blocks) :].get()

@@ -230,7 +230,7 @@ CACHES = {
 }
 
 
-@pytest.mark.parametrize("op", ["store", "add", "rope", "attention"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "attention"])
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES.keys())
 def test_cache(
     cache: tuple[int, int, int, int], op: str, kernels: KernelDevice, rng: np.random.Generator
@@ -263,6 +263,11 @@ def test_cache(
         turn = kernels.asarray(np.tile(np.array([0, 1], np.float32), (10, head_dim // 2)))
         ops.rope_ragged(new, offsets, collection, turn, layer)
         expected[0, 7:, 0::2], expected[0, 7:, 1::2] = -before[0, 7:, 1::2], before[0, 7:, 0::2]
+    elif op == "rope_store":
+        turn = kernels.asarray(np.tile(np.array([0, 1], np.float32), (10, head_dim // 2)))
+        ops.rope_store_kv(new, new, new, offsets, collection, turn, layer)
+        expected[1, 7:] = rows[:, 0]
+        expected[0, 7:, 0::2], expected[0, 7:, 1::2] = -rows[:, 0, 1::2], rows[:, 0, 0::2]
     else:  # scores of 0 or so low that their keys have no weight: averages of equal values
         row = np.zeros((3, 1, head_dim), FLOAT16)
         row[..., 0] = 100
@@ -292,7 +297,7 @@ def repeated(kernels: KernelDevice, row: Any, rows: int) -> Any:
     return jit.import_cupy().broadcast_to(row, (rows, *row.shape[1:]))
 
 
-@pytest.mark.parametrize("op", ["store", "add", "rope", "attention"])
+@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "attention"])
 def test_strides_of_rows(op: str, kernels: KernelDevice, rng: np.random.Generator) -> None:
     """Rows of q, k and v lie far apart."""
     q_host, k_host, v_host = (integers(rng, 2, 1, 16) for _ in range(3))
@@ -306,6 +311,15 @@ def test_strides_of_rows(op: str, kernels: KernelDevice, rng: np.random.Generato
         out = kernels.to_host(ops.rope_ragged(q, offsets, collection, turn, 0))
         np.testing.assert_array_equal(out[..., 0::2], -q_host[..., 1::2])
         np.testing.assert_array_equal(out[..., 1::2], q_host[..., 0::2])
+        return
+    if op == "rope_store":
+        turn = kernels.asarray(np.array([[0, 1] * 8], np.float32))
+        out = kernels.to_host(ops.rope_store_kv(q, k, v, offsets, collection, turn, 0))
+        blocks = kernels.to_host(collection.blocks)
+        for rotated, given in ((out, q_host), (blocks[:, 0, 0, 0], k_host)):
+            np.testing.assert_array_equal(rotated[..., 0::2], -given[..., 1::2])
+            np.testing.assert_array_equal(rotated[..., 1::2], given[..., 0::2])
+        assert_bitwise_equal(blocks[:, 1, 0, 0], v_host)
         return
     if op == "attention":  # one key of weight 1 for each row; LSE is its score
         keys = np.ones((2, 2, 1, 1, 1, 16), FLOAT16)
@@ -365,6 +379,27 @@ def test_heads_of_rope(kernels: KernelDevice, rng: np.random.Generator) -> None:
     expected = q_host.copy()
     expected[:, 0], expected[:, 1] = -q_host[:, 1], q_host[:, 0]
     assert_bitwise_equal(out[0, -8:], expected)
+
+
+@pytest.mark.parametrize("part", ["queries", "values"])
+def test_heads_of_rope_store(part: str, kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """A row of 2**32 elements, and more blocks of a token than a grid has along y."""
+    many, head_dim = 2**24 + 8, 256
+    heads, kv_heads = (many, 1) if part == "queries" else (1, many)
+    q, k, v = (zeros(kernels, 1, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    host = integers(rng, 8, head_dim)
+    (q if part == "queries" else v)[0, -8:] = kernels.asarray(host)
+    collection = small_cache(kernels, 1, kv_heads, head_dim)
+    turn = kernels.asarray(np.array([[0, 1]], np.float32))
+    offsets = kernels.asarray(np.array([0, 1, 1], np.int32))
+    with some_blocks(kernels, first=heads + 2 * (kv_heads - 1) - 6):
+        out = ops.rope_store_kv(q, k, v, offsets, collection, turn, 0)
+    if part == "values":
+        assert_bitwise_equal(collection.blocks[0, 1, 0, 0, -7:], host[-7:])
+        return
+    expected = host[-6:].copy()
+    expected[:, 0], expected[:, 1] = -host[-6:, 1], host[-6:, 0]
+    assert_bitwise_equal(out[0, -6:], expected)
 
 
 def test_rows_of_attention(kernels: KernelDevice, rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""rope_ragged: queries and keys against exact rotations; what is not rotated keeps its bits."""
+"""rope_ragged, and rope_store_kv, which stores too: exact rotations; what is not rotated keeps its bits."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ class Case(CacheCase):
         tile = tiles.rope_ragged(self.dtype, self.head_dim, width, self.interleaved)
         return {tile} if self.total_tokens else set()
 
+    def store_instances(self) -> set[Instance]:
+        width = self.rotary_dim or self.head_dim
+        tile = tiles.rope_store_kv(self.dtype, self.head_dim, width, self.interleaved)
+        return {tile} if self.total_tokens else set()
+
 
 CASES = (
     Case("interleaved", (3, 0, 17), (2, 5, 1)),
@@ -89,6 +94,44 @@ CASES = (
     Case("page_size_128", (127, 0), (3, 129), page_size=128, n_heads=1, n_kv_heads=1, dtypes=BF16),
     Case("prefix_sharing", (16, 18, 20), (4, 1, 2), page_size=8, shared_pages=2, dtypes=BF16),
     Case("seven_heads_on_one", (2, 5), (3, 3), n_heads=7, n_kv_heads=1, dtypes=FP16),
+    # More heads than a pass of a block of rope_store_kv takes, which are 16 of head dim 128, 1 of 256.
+    Case("forty_heads", (2, 5), (2, 1), n_heads=40, n_kv_heads=5, head_dim=128, dtypes=BF16),
+    Case("a_pass_per_head", (2,), (2,), head_dim=256, rotary_dim=6, interleaved=False, dtypes=FP16),
+    # More sequences than a warp has lanes, and than its square.
+    Case(
+        "many_sequences",
+        (3, 0, 7) * 23,
+        (1, 0, 2) * 23,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=8,
+        dtypes=FP16,
+    ),
+    Case(
+        "thousands_of_sequences",
+        (1,) * 2100,
+        (0,) * 1030 + (2, 0, 1) + (0,) * 1067,
+        page_size=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=8,
+        num_layers=1,
+        layer_idx=0,
+        dtypes=BF16,
+    ),
+    # So many tokens that a block of rope_store_kv makes several passes; 5 in two blocks: 3 and 2.
+    Case(
+        "several_passes",
+        (1, 0),
+        (500, 40),
+        n_heads=3,
+        n_kv_heads=1,
+        head_dim=256,
+        rotary_dim=2,
+        num_layers=1,
+        layer_idx=0,
+        dtypes=BF16,
+    ),
     Case("fused_projection", (2, 5), (3, 3), strided=True),
     Case("first_of_three_layers", (2, 5), (3, 3), num_layers=3, layer_idx=0, dtypes=FP16),
     Case("int32_metadata", (2, 5), (3, 3), metadata=np.int32, dtypes=BF16),
@@ -153,6 +196,62 @@ def test_rope(case: Case, kernels: KernelDevice, rng: np.random.Generator) -> No
     )
 
 
+@parameters(CASES, Case.store_instances)
+def test_rope_store(case: Case, kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """Within the budget of one rounding, and bit for bit what store_kv and rope_ragged give."""
+    skip_where_slow(case, kernels)
+    cache = case.cache(rng, store_new=False)
+    q, k, v = (case.rows(rng, n) for n in (case.n_heads, case.n_kv_heads, case.n_kv_heads))
+    positions = max((a + b for a, b in zip(case.cached, case.new, strict=True)), default=1)
+    table = rotary_table(positions, case.rotary_dim or case.head_dim)
+    order: dict[str, Any] = {"interleaved": case.interleaved, "rotate_last": case.rotate_last}
+    offsets, on_device = case.place(kernels, cache)
+    if case.strided:
+        q_there, k_there = side_by_side(kernels, q, k, v)[0], side_by_side(kernels, v, k)[1]
+        v_there = side_by_side(kernels, k, q, v, k)[2]
+        assert len({array.strides[0] for array in (q_there, k_there, v_there)}) == 3
+    else:
+        q_there, k_there, v_there = map(kernels.asarray, (q, k, v))
+
+    table_on_device = kernels.asarray(table)
+    with launches(kernels) as seen:
+        out = ops.rope_store_kv(
+            q_there,
+            k_there,
+            v_there,
+            offsets,
+            on_device,
+            table_on_device,
+            case.layer_idx,
+            **order,
+        )
+    assert seen == case.store_instances()
+    for array, given in ((q_there, q), (k_there, k), (v_there, v)):
+        assert_bitwise_equal(array, given, "the argument")
+    assert out.flags.c_contiguous
+
+    changed = step_slots(case, cache, 0) | step_slots(case, cache, 1)
+    assert changed.sum() == k.size + v.size
+    blocks = kernels.to_host(on_device.blocks)
+    assert_bitwise_equal(blocks[~changed], cache.blocks[~changed], "what has no token")
+
+    stored = cache.copy()
+    reference.store_kv(k, v, case.offsets(), stored, case.layer_idx)
+    exact, layer = stored.widened(), case.layer_idx
+    exact_q = reference.rope_store_kv(
+        widen(q), widen(k), widen(v), case.offsets(), exact, table, layer, **order
+    )
+    terms_q, terms_k = rope_terms(q, case.offsets(), stored, table, layer, **order)
+    assert_within_budget(out, exact_q, case.dtype, terms_q, length=2, name="queries")
+    assert_within_budget(blocks, exact.blocks, case.dtype, terms_k, length=2, name="cache")
+
+    offsets, other = case.place(kernels, cache)
+    ops.store_kv(k_there, v_there, offsets, other, layer)
+    other_out = ops.rope_ragged(q_there, offsets, other, table_on_device, layer, **order)
+    assert_bitwise_equal(out, other_out, "queries")
+    assert_bitwise_equal(blocks, other.blocks, "the cache")
+
+
 @each_dtype
 def test_the_rest_of_a_head_is_copied_whatever_it_holds(
     dtype: Any, kernels: KernelDevice, rng: np.random.Generator
@@ -172,6 +271,26 @@ def test_the_rest_of_a_head_is_copied_whatever_it_holds(
     )
     assert_bitwise_equal(kernels.to_host(out)[..., 16:], q[..., 16:])
     assert_bitwise_equal(kernels.to_host(on_device.blocks)[..., 16:], cache.blocks[..., 16:])
+
+
+@each_dtype
+def test_the_rest_of_a_key_and_values_are_stored_whatever_they_hold(
+    dtype: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    case = Case("", (3, 0), (2, 3), dtype=dtype, rotary_dim=16)
+    cache = case.cache(rng, store_new=False)
+    word = np.dtype(f"u{dtype.itemsize}")
+    q = case.rows(rng, case.n_heads)
+    k, v = rng.integers(0, 2 ** (8 * dtype.itemsize), (2, 5, 2, 64), word).view(dtype)
+    k[..., :16] = 1
+    offsets, on_device = case.place(kernels, cache)
+    table = kernels.asarray(rotary_table(8, 16))
+    q, k_there, v_there = map(kernels.asarray, (q, k, v))
+    ops.rope_store_kv(q, k_there, v_there, offsets, on_device, table, 1)
+    reference.store_kv(k, v, case.offsets(), cache, 1)
+    blocks = kernels.to_host(on_device.blocks)
+    assert_bitwise_equal(blocks[:, 1], cache.blocks[:, 1], "values")
+    assert_bitwise_equal(blocks[:, 0, ..., 16:], cache.blocks[:, 0, ..., 16:], "keys")
 
 
 def test_position_0_does_not_rotate(kernels: KernelDevice, rng: np.random.Generator) -> None:

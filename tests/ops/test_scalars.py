@@ -32,6 +32,10 @@ def test_layer_idx_and_flags(
         rotated = ops.rope_ragged(
             q_there, offsets, place, table, layer, interleaved=no, rotate_last=yes
         )
+        again = ops.rope_store_kv(
+            q_there, k_there, k_there, offsets, place, table, layer, interleaved=no, rotate_last=yes
+        )
+        assert_bitwise_equal(again, kernels.to_host(rotated))
         out = ops.attention_ragged(rotated, offsets, place, layer, causal=no)
         return [kernels.to_host(array) for array in (rotated, out, place.blocks)]
 

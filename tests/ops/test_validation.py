@@ -71,7 +71,20 @@ def good(op: str) -> dict[str, Any]:
         "store_kv": {**kv, **step},
         "add_kv": {**kv, **step, "batch_offset": 0},
         "rope_ragged": {"q": ones(ROWS, 4, 16), **step, "freqs_cis": rotary_table(8, 16)},
-        "attention_ragged": {"q": ones(ROWS, 4, 16), **step},
+        "rope_store_kv": {
+            "q": ones(ROWS, 4, 16),
+            **kv,
+            **step,
+            "freqs_cis": rotary_table(8, 16),
+        },
+        "attention_ragged": {
+            "q": ones(ROWS, 4, 16),
+            **step,
+            "scale": None,
+            "window": (3, None),
+            "soft_cap": 2.0,
+            "sinks": ones(4),
+        },
         "linear": {"x": x, "weight": ones(7, IN_DIM), "bias": ones(7)},
     }
     return arguments[op]
@@ -218,9 +231,55 @@ REFUSALS = (
         ones(5, 3, 16),
         "q must have a multiple of n_kv_heads = 2 heads, got 3",
     ),
+    # Options of attention.
+    R("attention_ragged", "scale", "0.5", "scale must be a number, got str", T),
+    R(
+        "attention_ragged",
+        "window",
+        4,
+        r"window must be None or a pair \(left, right\), got int",
+        T,
+    ),
+    R("attention_ragged", "window", "44", "window must be None or a pair .*, got str", T),
+    R("attention_ragged", "window", (4,), r"window must be a pair \(left, right\), got 1 values"),
+    R("attention_ragged", "window", (4, 0, 0), "window must be a pair .*, got 3 values"),
+    R("attention_ragged", "window", (-1, 0), "window must not be negative, got -1 on the left"),
+    R("attention_ragged", "window", (0, -2), "window must not be negative, got -2 on the right"),
+    R("attention_ragged", "window", (4.0, 0), "window must have integers or None, got float on", T),
+    R(
+        "attention_ragged",
+        "window",
+        (None, True),
+        "window must have integers .*bool on the right",
+        T,
+    ),
+    R("attention_ragged", "soft_cap", 0.0, "soft_cap must be None or positive and finite, .*0.0"),
+    R("attention_ragged", "soft_cap", -1, "soft_cap must be None or positive and finite, .*-1"),
+    R("attention_ragged", "soft_cap", float("inf"), "soft_cap must be .* finite, .*inf"),
+    R("attention_ragged", "soft_cap", float("nan"), "soft_cap must be .* finite, .*nan"),
+    R("attention_ragged", "soft_cap", 1e-39, "soft_cap must be .* from 2\\*\\*-126 to .*1e-39"),
+    R("attention_ragged", "soft_cap", True, "soft_cap must be a number, got bool", T),
+    R("attention_ragged", "soft_cap", "3", "soft_cap must be a number, got str", T),
+    R("attention_ragged", "sinks", [0.0] * 4, r"sinks must be an array \[4\], got list", T),
+    R("attention_ragged", "sinks", ones(3), r"sinks must have shape \[4\], got \(3,\)"),
+    R("attention_ragged", "sinks", ones(4, 1), r"sinks must have shape \[4\], got \(4, 1\)"),
+    R("attention_ragged", "sinks", in_type(np.float16), "sinks must be float32, got float16", T),
+    R("attention_ragged", "sinks", in_type(np.int32), "sinks must be float32, got int32", T),
+    R("attention_ragged", "sinks", ones(8)[::2], "sinks must be C-contiguous, got strides"),
+    R(
+        "attention_ragged",
+        "sinks",
+        emulator.asarray,
+        "sinks must be on the CPU as q is, got the",
+        T,
+    ),
     R("rope_ragged", "freqs_cis", ones(8, 15), "freqs_cis must have an even number .*= 16, got 15"),
     R("rope_ragged", "freqs_cis", ones(8, 18), "freqs_cis must have an even number .*= 16, got 18"),
     R("rope_ragged", "freqs_cis", ones(8, 0), "freqs_cis must have an even number .*= 16, got 0"),
+    R("rope_store_kv", "k", ones(5, 3, 16), "v has n_kv_heads = 2, but k has 3"),
+    R("rope_store_kv", "k", ones(4, 2, 16), "k has total_tokens = 4, but q has 5"),
+    R("rope_store_kv", "v", ones(5, 2, 8), "v has head_dim = 8, but q has 16"),
+    R("rope_store_kv", "freqs_cis", ones(8, 15), "freqs_cis must have an even .*= 16, got 15"),
     R("linear", "weight", ones(7, 25), "weight has in_dim = 25, but x has 24"),
     R("linear", "bias", ones(8), "bias has out_dim = 8, but weight has 7"),
     # Dtypes: what is stored, what agrees, metadata.
@@ -256,6 +315,10 @@ REFUSALS = (
     R("add_kv", "v", in_type(bfloat16), "v must be float32.*, got bfloat16", T),
     R("rope_ragged", "q", in_type(bfloat16), "q must be float32, got bfloat16", T),
     R("rope_ragged", "freqs_cis", in_type(np.float64), "freqs_cis must be float32, got float64", T),
+    R("rope_store_kv", "q", in_type(np.float16), "q must be float32, got float16", T),
+    R("rope_store_kv", "k", in_type(bfloat16), "k must be float32, got bfloat16", T),
+    R("rope_store_kv", "v", in_type(np.float16), "v must be float32, got float16", T),
+    R("rope_store_kv", "freqs_cis", in_type(np.float64), "freqs_cis must be float32, got fl", T),
     R("attention_ragged", "q", in_type(np.float16), "q must be float32, got float16", T),
     R("linear", "weight", in_type(np.float16), "weight must be float32, got float16", T),
     R("linear", "x", in_type(np.float64), "x must be float32 or float16 or bfloat16, got", T),
@@ -273,6 +336,10 @@ REFUSALS = (
     R("store_kv", "kv.lookup_table", fortran, "lookup_table must be C-contiguous, got strides"),
     R("rope_ragged", "q", off_by_4, "q must start each row at a multiple of 16 bytes, got address"),
     R("rope_ragged", "freqs_cis", lambda a: a[::2], "freqs_cis must be C-contiguous, got strides"),
+    R("rope_store_kv", "q", row_gaps, "q must start each row at a multiple of 16 bytes, got"),
+    R("rope_store_kv", "k", off_by_4, "k must start each row at a multiple of 16 bytes, got"),
+    R("rope_store_kv", "v", lambda a: a[::-1], "v must have rows in ascending order, got strides"),
+    R("rope_store_kv", "freqs_cis", lambda a: a[::2], "freqs_cis must be C-contiguous, got"),
     R("attention_ragged", "q", row_gaps, "q must start each row at a multiple of 16 bytes, got"),
     # Devices.
     R(
@@ -302,6 +369,8 @@ REFUSALS = (
     R("sgmv_expand", "add_to", emulator.asarray, "add_to must be on the CPU as lora_b is, got", T),
     R("store_kv", "v", emulator.asarray, "v must be on the CPU as blocks is, got the emulator", T),
     R("rope_ragged", "freqs_cis", emulator.asarray, "freqs_cis must be on the CPU as blocks is", T),
+    R("rope_store_kv", "k", emulator.asarray, "k must be on the CPU as blocks is, got the emu", T),
+    R("rope_store_kv", "v", emulator.asarray, "v must be on the CPU as blocks is, got the emu", T),
     R(
         "attention_ragged",
         "kv.lookup_table",
@@ -361,6 +430,9 @@ REFUSALS = (
         ones(4, 16),
         "freqs_cis must have a row for each of 5 pos.*, got 4",
     ),
+    R("rope_store_kv", "freqs_cis", ones(4, 16), "freqs_cis must have a row for each of 5 pos.* 4"),
+    R("rope_store_kv", "kv.lookup_table", ints(0, 99, 1, 2).reshape(2, 2), "sequence 0, got 99"),
+    R("rope_store_kv", "layer_idx", -1, r"layer_idx must be in \[0, 2\), got -1"),
     # What no kernel covers.
     R("store_kv", "kv.blocks", ones(3, 2, 2, 0, 2, 16), "page_size must be at least 1, got 0"),
 )
@@ -396,7 +468,7 @@ def test_the_undamaged_call_is_accepted(op: str) -> None:
     cache: Any = arguments.get("kv_collection")
     before: Any = cache and cache.blocks.copy()
     result = getattr(ops, op)(**arguments)
-    if op in ("store_kv", "add_kv", "rope_ragged", "sgmv_qkv_lora"):
+    if op in ("store_kv", "add_kv", "rope_ragged", "rope_store_kv", "sgmv_qkv_lora"):
         assert (before.view(np.uint32) != cache.blocks.view(np.uint32)).any()
     if op == "sgmv_route":
         assert isinstance(result, ops.LoRARoute)
@@ -406,7 +478,9 @@ def test_the_undamaged_call_is_accepted(op: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [4, 12, 264])
-@pytest.mark.parametrize("op", ["store_kv", "add_kv", "rope_ragged", "attention_ragged"])
+@pytest.mark.parametrize(
+    "op", ["store_kv", "add_kv", "rope_ragged", "rope_store_kv", "attention_ragged"]
+)
 def test_head_dims_without_a_kernel(op: str, head_dim: int) -> None:
     arguments = good(op)
     for name in {"q", "k", "v"} & arguments.keys():
@@ -438,14 +512,9 @@ def test_more_rows_than_32_bits_count() -> None:
         ops.attention_ragged(**arguments)
 
 
-def test_a_scale_is_a_number() -> None:
-    arguments = good("attention_ragged") | {"scale": "0.5"}
-    with pytest.raises(TypeError, match="scale must be a number, got str"):
-        ops.attention_ragged(**arguments)
-
-
 @pytest.mark.parametrize(
-    "op", ["store_kv", "add_kv", "rope_ragged", "attention_ragged", "sgmv_qkv_lora"]
+    "op",
+    ["store_kv", "add_kv", "rope_ragged", "rope_store_kv", "attention_ragged", "sgmv_qkv_lora"],
 )
 def test_no_cache(op: str) -> None:
     with pytest.raises(TypeError, match="kv_collection must be a PagedKVCacheCollection, got None"):

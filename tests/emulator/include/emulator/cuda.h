@@ -55,6 +55,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site 
   return emulator::vote("__ballot_sync", mask, predicate != 0, site);
 }
 
+// The place of the lowest bit that is set, counted from 1; 0 if there is none.
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
 inline int __any_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
   return emulator::vote("__any_sync", mask, predicate != 0, site) != 0;
 }
@@ -99,6 +102,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
   for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> ((which >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
   return result;
 }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 [[noreturn]] inline void __trap(emulator::Site site = emulator::Site::here()) { emulator::fail(site, "__trap()"); }
 
