@@ -1,31 +1,37 @@
-// Causal attention of this step's queries over the paged cache. For token t of sequence b, at position
+// Attention of this step's queries over the paged cache. For token t of sequence b, at position
 // p = cache_lengths[b] + t - row_offsets[b], and query head h, which reads key head h / group with
 // group = n_heads / n_kv_heads:
 //
-//   s[j] = scale * q[t, h] . key[j]    for the keys j = 0 .. p (causal), or all of the sequence's keys
-//   out[t, h] = sum_j exp(s[j]) value[j] / sum_j exp(s[j])        lse[t, h] = log sum_j exp(s[j])
+//   s[j] = scale * q[t, h] . key[j]    for the keys j = p - window_left .. p + window_right of the sequence;
+//                                      causal: .. p; with a soft cap soft_cap * tanh(that / soft_cap)
+//   sum[t, h] = sum_j exp(s[j])        with sinks plus exp(sinks[h])
+//   out[t, h] = sum_j exp(s[j]) value[j] / sum[t, h]            lse[t, h] = log sum[t, h]
 //
-// A row that sees no key gives 0 and -inf. Slots past a sequence's end are never read; nor are keys without a
-// valid page, which are reported and masked.
+// This kernel has the sequences with many rows of queries, attention_decode.cu the others.
+//
+// A row that sees no key gives 0 and -inf. Never read are slots past a sequence's end, keys that no row of a
+// block sees, and keys without a valid page, which are reported and masked.
 //
 // A block owns kBlockM rows, (token, head in group) pairs of one sequence and one key head, 16 to a warp, so
 // that keys read once serve the whole group. It walks over its keys kBlockN at a time: scores and
 // probabilities stay in registers, float32; two 16-bit terms carry a probability into P V (mma.cuh), so that
-// the one rounding is the store. Prefill is bound by the products, decode by reading the cache.
+// the one rounding is the store. It is bound by the products.
+#include <common/attention.cuh>
 #include <common/mma.cuh>
 #include <common/paged_kv.cuh>
 #include <common/ragged.cuh>
 #include <common/reduce.cuh>
 #include <common/shared.cuh>
-#include <common/softmax.cuh>
 
 namespace lorakit {
 
-constexpr long long kMaxKeys = 1ll << 30;  // of one sequence: positions, and sums of two, fit in 32 bits
+// Blocks of small heads for which the compiler must leave registers: without being asked it takes more.
+template <int kHeadDim, int kWarps>
+constexpr int kMinBlocks = kHeadDim <= 64 ? 12 / kWarps : 1;
 
 // Grid (total_tokens * group / kBlockM + batch_size + 1, n_kv_heads).
 template <typename T, int kHeadDim, int kWarps, int kBlockN>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps>) attention_ragged_kernel(
     const T* __restrict__ q,                    // [total_tokens, n_heads, head_dim], rows q_stride apart
     T* __restrict__ out,                        // [total_tokens, n_heads, head_dim]
     float* __restrict__ lse,                    // [total_tokens, n_heads] or null
@@ -33,14 +39,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
     const T* __restrict__ blocks,               // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
     const unsigned* __restrict__ lookup_table,  // [batch_size, max_pages]
     const unsigned* __restrict__ cache_lengths,  // [batch_size]
+    const float* __restrict__ sinks,             // [n_heads] or null
+    const T* __restrict__ narrow_sinks,          // [n_heads] or null; one of both at most
     unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride, float scale,
-    bool causal, int num_pages, int max_pages, int num_layers, int layer_idx, int page_size, int n_kv_heads,
-    int head_dim) {
+    float soft_cap, int window_left, int window_right, int num_pages, int max_pages, int num_layers,
+    int layer_idx, int page_size, int n_kv_heads, int head_dim) {
   constexpr int kBlockM = kWarps * 16, kThreads = kWarps * kWarpSize;
-  constexpr float kLog2E = 1.44269504088896340736f;
   using QTile = SharedTile<T, kHeadDim>;
   const PagedKV<const T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
                                num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+  const AttentionOptions<T> options{scale, soft_cap, window_left, window_right, sinks, narrow_sinks};
 
   // Which rows: of sequence tile.segment, (token, head in group) pairs first_row .. first_row + kBlockM.
   check_offsets(row_offsets, batch_size, total_tokens, errors);
@@ -48,19 +56,21 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
   const Tile tile = tile_of<kBlockM>(blockIdx.x, row_offsets, batch_size, total_tokens, group);
   const int num_rows = (tile.end - tile.begin) * group;
   const int first_row = tile.row;
-  if (first_row >= num_rows) return;
+  if (first_row >= num_rows || has_few_rows(tile.end - tile.begin, group, head_dim)) return;
   const auto token_of = [&](int m) { return (first_row + m) / group; };  // in its sequence
   const auto head_of = [&](int m) { return kv_head * group + (first_row + m) % group; };
 
   // Which keys: rows past the last offset are in no sequence and see none.
-  int cached = 0, num_keys = 0;
+  int cached = 0, begin_key = 0, num_keys = 0;
+  const auto position_of = [&](int m) { return static_cast<long long>(cached) + token_of(m); };
   if (tile.segment < batch_size) {
     const long long capacity = min(static_cast<long long>(max_pages) * page_size, kMaxKeys);
     const long long keys = static_cast<long long>(cache_lengths[tile.segment]) + tile.end - tile.begin;
     if (keys > capacity) report(errors, kBadPage);
     num_keys = static_cast<int>(min(keys, capacity));
     cached = static_cast<int>(min(static_cast<long long>(cache_lengths[tile.segment]), kMaxKeys));
-    if (causal) num_keys = min(num_keys, cached + token_of(min(kBlockM, num_rows - first_row) - 1) + 1);
+    begin_key = options.first_key(position_of(0), num_keys);
+    num_keys = options.end_key(position_of(min(kBlockM, num_rows - first_row) - 1), num_keys);
   }
 
   // Shared memory: queries, one tile of keys and one of values, and where the keys are, for two tiles.
@@ -74,7 +84,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
     for (int n = threadIdx.x; n < kBlockN; n += kThreads) {
       const int key = first_key + n;
       key_offsets[buffer * kBlockN + n] =
-          key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
+          key >= begin_key && key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
     }
   };
   const auto load_keys = [&](QTile to, int buffer, long long value_offset) {
@@ -91,20 +101,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
                                           static_cast<long long>(head_of(m)) * head_dim
                                     : nullptr;
   });
-  locate(0, 0);
+  const int first_tile = begin_key / kBlockN, num_tiles = ceil_div(num_keys, kBlockN);
+  locate(first_tile * kBlockN, first_tile % 2);
   __syncthreads();
-  load_keys(k_tile, 0, 0);
+  load_keys(k_tile, first_tile % 2, 0);
 
-  // This lane's two rows: their last visible key, state and sums.
+  // This lane's two rows: the keys they see, state and sums.
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
-  const int last_keys[2] = {causal ? cached + token_of(rows[0]) : num_keys,
-                            causal ? cached + token_of(rows[1]) : num_keys};
+  const int first_keys[2] = {options.first_key(position_of(rows[0]), num_keys),
+                             options.first_key(position_of(rows[1]), num_keys)};
+  const int end_keys[2] = {options.end_key(position_of(rows[0]), num_keys),
+                           options.end_key(position_of(rows[1]), num_keys)};
   SoftmaxRow softmax[2];
   float acc[kHeadDim / 8][4] = {};
 
-  const int num_tiles = ceil_div(num_keys, kBlockN);
-  for (int t = 0; t < num_tiles; ++t) {
+  for (int t = first_tile; t < num_tiles; ++t) {
     const int buffer = t % 2;
     const int first_key = t * kBlockN;
 
@@ -130,14 +142,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
 
     // The next tile's keys on their way; scale, mask, and raise the largest score of each row.
     load_keys(k_tile, 1 - buffer, 0);
+    if (options.is_capped()) {
+#pragma unroll
+      for (int i = 0; i < kBlockN / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[i][j] = options.squash(scores[i][j]);
+      }
+    }
     float largest[2] = {-infinity(), -infinity()};
 #pragma unroll
     for (int i = 0; i < kBlockN / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int n = i * 8 + lane % 4 * 2 + j % 2;
-        const bool visible = key_offsets[buffer * kBlockN + n] >= 0 && first_key + n <= last_keys[j / 2];
-        scores[i][j] = visible ? scores[i][j] * (scale * kLog2E) : -infinity();
+        const int n = i * 8 + lane % 4 * 2 + j % 2, key = first_key + n;
+        const bool visible =
+            key_offsets[buffer * kBlockN + n] >= 0 && key >= first_keys[j / 2] && key < end_keys[j / 2];
+        scores[i][j] = visible ? scores[i][j] * options.logit_factor() : -infinity();
         largest[j / 2] = fmaxf(largest[j / 2], scores[i][j]);
       }
     }
@@ -175,17 +195,18 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 1) attention_ragged_kernel(
   // Divide and store, two neighbouring elements at a time.
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float sum = quad_sum(softmax[half].sum);
+    float sum = quad_sum(softmax[half].sum);
     const int m = rows[half];
     if (first_row + m >= num_rows) continue;
+    const float factor = add_sink(softmax[half], sum, options.sink(head_of(m)));
     const long long row = static_cast<long long>(tile.begin + token_of(m)) * n_heads + head_of(m);
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) {
       const int d = i * 8 + lane % 4 * 2;
       if (d >= head_dim) continue;
-      const Vector<T, 2> pair{
-          {from_float<T>(acc[i][2 * half] * inverse), from_float<T>(acc[i][2 * half + 1] * inverse)}};
+      const Vector<T, 2> pair{{from_float<T>(acc[i][2 * half] * factor * inverse),
+                               from_float<T>(acc[i][2 * half + 1] * factor * inverse)}};
       *reinterpret_cast<Vector<T, 2>*>(out + row * head_dim + d) = pair;
     }
     if (lse != nullptr && lane % 4 == 0) lse[row] = softmax[half].lse(sum);

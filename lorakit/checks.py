@@ -222,6 +222,27 @@ def check_pages(kv_collection: Any, input_row_offsets: Any, *, batch_offset: int
             )
 
 
+def check_max_lengths(kv_collection: Any, input_row_offsets: Any) -> int:
+    """The most new tokens that a sequence has, as ``max_lengths`` says, which host-visible offsets obey."""
+    steps = kv_collection.max_lengths
+    shape = tuple(getattr(steps, "shape", ()))
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != 2:
+        raise ValueError(
+            f"kv_collection.max_lengths must have shape [steps, 2], at least a step, got {shape}"
+        )
+    if not jit.is_host(steps):
+        raise TypeError(f"kv_collection.max_lengths must be on the CPU, got {jit.place_of(steps)}")
+    most = int(steps[0, 0])
+    if jit.is_host(input_row_offsets):
+        new = int(np.diff(input_row_offsets.astype(np.int64)).max(initial=0))
+        if new > most:
+            raise ValueError(
+                f"kv_collection.max_lengths says that no sequence has more than {most} new tokens, but "
+                f"input_row_offsets has one with {new}"
+            )
+    return most
+
+
 def check_positions(freqs_cis: Any, kv_collection: Any, input_row_offsets: Any) -> None:
     """Every position of this step has a row in the rotary table, as far as the host can see."""
     if not (jit.is_host(kv_collection.cache_lengths) and jit.is_host(input_row_offsets)):
@@ -240,6 +261,48 @@ def check_number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def check_window(window: Any) -> tuple[int | None, int | None]:
+    """`window` as (keys before, keys after), None where there is no bound."""
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"window must be None or a pair (left, right), got {type(window).__name__}")
+    if len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right), got {len(window)} values")
+    sides: list[int | None] = []
+    for side, name in zip(window, ("left", "right"), strict=True):
+        if side is None:
+            sides.append(None)
+            continue
+        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
+            raise TypeError(
+                f"window must have integers or None, got {type(side).__name__} on the {name}"
+            )
+        if side < 0:
+            raise ValueError(f"window must not be negative, got {side} on the {name}")
+        sides.append(int(side))
+    return sides[0], sides[1]
+
+
+def check_soft_cap(soft_cap: Any) -> float | None:
+    """`soft_cap` is None, or positive and finite: so that it and its reciprocal are float32 numbers."""
+    if soft_cap is None:
+        return None
+    cap = check_number(soft_cap, "soft_cap")
+    if not 2.0**-126 <= cap <= 2.0**126:
+        raise ValueError(
+            f"soft_cap must be None or positive and finite, from 2**-126 to 2**126, got {soft_cap}"
+        )
+    return cap
+
+
+def check_sinks(sinks: Any, n_heads: int, dtype: Any) -> None:
+    """`sinks` is a score for each of `n_heads` heads, in float32 or `dtype`."""
+    check_shapes(sinks=(sinks, f"{n_heads}"))
+    check_dtype(dict.fromkeys((np.dtype(np.float32), np.dtype(dtype))), sinks=sinks)
+    check_vectors(sinks=sinks)
 
 
 def check_head_dim(head_dim: int) -> None:

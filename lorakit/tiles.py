@@ -23,6 +23,7 @@ _CPP_NAMES = {
 
 # A head dim is padded to the next of these inside the attention kernel.
 HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
+DECODE_HEAD_DIMS = (64, 128)
 
 SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
 SGMV_BLOCK_N = 256  # columns of a block of expand
@@ -296,14 +297,76 @@ def add_kv(dtype: Any, delta_dtype: Any) -> Instance:
 
 
 @functools.cache
+def attention_decode(dtype: Any, head_dim: int, shared_bytes: int = LEAST_SHARED_BYTES) -> Instance:
+    """As many tiles on their way as fit, up to three.
+
+    Args:
+        shared_bytes: Shared memory that a block may have.
+    """
+    dtype = np.dtype(dtype)
+    padded = _decode_head_dim(head_dim)
+    warps = 4 if padded * dtype.itemsize <= 256 else 2
+    longest = 3 if dtype.itemsize == 2 or padded == 64 else 2
+    rows_bytes = 16 * _tile_row_bytes(padded, dtype)
+    sums_bytes = warps * 16 * 8 + -(-(warps + 2) * 8 // 16) * 16
+    if padded * dtype.itemsize >= 512:
+        sums_bytes += 16 * (padded * 4 + 8)
+
+    def of(stages: int) -> Instance:
+        return Instance(
+            "attention_decode.cu",
+            "attention_decode_kernel",
+            (_CPP_NAMES[dtype], str(padded), str(stages)),
+            threads=32 * warps,
+            shared_bytes=(2 * stages * warps + 1) * rows_bytes + sums_bytes,
+            early=True,
+        )
+
+    return next(
+        tile for tile in map(of, range(longest, 0, -1)) if tile.shared_bytes <= shared_bytes
+    )
+
+
+def attention_decodes(head_dim: int) -> bool:
+    """Whether few rows have the decode kernel; of longer heads it only clears rows of no sequence."""
+    return head_dim <= DECODE_HEAD_DIMS[-1]
+
+
+def _decode_head_dim(head_dim: int) -> int:
+    return next((dim for dim in DECODE_HEAD_DIMS if head_dim <= dim), DECODE_HEAD_DIMS[-1])
+
+
+def attention_decode_keys(instance: Instance) -> int:
+    """Keys of a tile of a decode instance."""
+    return instance.threads // 2
+
+
+@functools.cache
+def attention_merge(dtype: Any, head_dim: int) -> Instance:
+    """A column per thread."""
+    padded = _decode_head_dim(head_dim)
+    return Instance(
+        "attention_merge.cu",
+        "attention_merge_kernel",
+        (_CPP_NAMES[np.dtype(dtype)], str(padded)),
+        threads=512,
+        early=True,
+    )
+
+
+def attention_state_floats(instance: Instance) -> int:
+    """Of a row of a merge instance: its values, largest score and sum, and two to align them."""
+    return int(instance.params[1]) + 4
+
+
+@functools.cache
 def attention_ragged(dtype: Any, head_dim: int) -> Instance:
     """Tiles that fit in 99 KiB, the least of all supported GPUs, at every head dim."""
     dtype = np.dtype(dtype)
     padded = next(dim for dim in HEAD_DIMS if head_dim <= dim)
     warps = 2 if dtype.itemsize == 4 else 4
-    block_n = (64 if padded <= 128 else 32) // (
-        dtype.itemsize // 2
-    )  # more keys would spill registers
+    # More keys would spill registers, and 32 of 192 elements would on sm_120.
+    block_n = {192: 16, 256: 64 // dtype.itemsize}.get(padded, 128 // dtype.itemsize)
     tiles = (16 * warps + 2 * block_n) * _tile_row_bytes(padded, dtype)
     return Instance(
         "attention.cu",
@@ -344,6 +407,11 @@ def instances() -> tuple[Instance, ...]:
         *(store_kv(t) for t in STORAGE),
         *(add_kv(t, delta) for t, delta in outputs),
         *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, HEAD_DIMS)),
+        *dict.fromkeys(
+            attention_decode(*g)
+            for g in itertools.product(STORAGE, DECODE_HEAD_DIMS, (LEAST_SHARED_BYTES, 2**20))
+        ),
+        *(attention_merge(t, d) for t, d in itertools.product(STORAGE, DECODE_HEAD_DIMS)),
     ]
     return tuple(found)
 

@@ -21,7 +21,7 @@ LONG = "tests/ops/test_invariance.py::test_tiles_of_every_size[3080-False-float1
 SHRINK_TAIL = "tests/ops/test_sgmv.py::test_shrink[k200_n264-bfloat16]"
 EXPAND_IN_PLACE = "tests/ops/test_sgmv.py::test_expand[y_wide-float16]"
 ATTENTION = "tests/ops/test_attention.py::test_attention[mixed-float16]"
-NOT_CAUSAL = "tests/ops/test_attention.py::test_attention[not_causal-float16]"
+DECODE = "tests/ops/test_attention.py::test_attention[chunks_of_1_and_2-float16]"
 ROPE = "tests/ops/test_rope.py::test_rope[decode-bfloat16]"
 ROPE_STORE = "tests/ops/test_rope.py::test_rope_store[decode-bfloat16]"
 STORE = "tests/ops/test_kv_cache.py::test_store[mixed-bfloat16]"
@@ -79,6 +79,8 @@ PLANTS = (
         schedule="random",
     ),
     *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
+    *(barrier("attention_decode.cu", nth, DECODE) for nth in range(5)),
+    wait("attention_decode.cu", 0, DECODE, "kStages - 1"),
     wait("sgmv_shrink.cu", 0, SHRINK, "kStages - 1"),
     wait("sgmv_expand.cu", 0, EXPAND, "kAhead - 1"),
     wait("attention.cu", 0, ATTENTION),
@@ -127,16 +129,15 @@ PLANTS = (
         "a page's tail, loaded",
         "attention.cu",
         "key < num_keys ?",
-        "key < num_keys -> true",
+        "key >= begin_key && key < num_keys -> key >= begin_key",
         ATTENTION,
     ),
     Plant(
-        "a page's tail, scored",
+        "a key after its token, scored",
         "attention.cu",
-        "const bool visible",
-        "key_offsets[buffer * kBlockN + n] >= 0 && first_key + n <= last_keys[j / 2] -> "
-        "first_key + n <= last_keys[j / 2]",
-        NOT_CAUSAL,
+        "key_offsets[buffer * kBlockN + n] >= 0",
+        "key >= first_keys[j / 2] && key < end_keys[j / 2] -> key >= first_keys[j / 2]",
+        ATTENTION,
     ),
     Plant("a NaN of the next slot", "attention.cu", "key < num_keys ?", "< -> <=", ATTENTION),
 )

@@ -13,6 +13,7 @@ from lorakit import jit
 
 # Kernels; their parameters name the operands.
 SOURCE = r"""
+#include <common/attention.cuh>
 #include <common/ptx.cuh>
 #include <common/shared.cuh>
 
@@ -58,6 +59,10 @@ extern "C" __global__ void mma_bfloat16(float* d, const unsigned* a, const unsig
 }
 
 extern "C" __global__ void exponential(float* y, const float* x) { *y = ex2(*x); }
+
+extern "C" __global__ void soft_cap(float* y, const float* x) {
+  *y = AttentionOptions<float>{1.0f, 2.0f}.squash(*x);
+}
 
 extern "C" __global__ void meet(const int* id, const int* threads) { named_barrier(*id, *threads); }
 
@@ -153,3 +158,9 @@ def instructions(kernel: str, body: str) -> list[str]:
 def test_instructions(kernel: str, ptx: dict[str, str]) -> None:
     found = [" ".join(line.split()) for line in instructions(kernel, ptx[kernel])]
     assert found == EXPECTED[kernel]
+
+
+def test_the_hyperbolic_tangent_is_not_approximate(ptx: dict[str, str]) -> None:
+    """tanh.approx errs by 2**-11; tanhf, of which exp is a part, by units in the last place."""
+    assert "ex2.approx" in ptx["soft_cap"]
+    assert "tanh.approx" not in ptx["soft_cap"]

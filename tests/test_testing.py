@@ -370,6 +370,36 @@ def test_the_error_of_attention_covers_float32_and_rounded_probabilities_separat
         check(bfloat16, float16)
 
 
+def test_the_error_of_attention_covers_a_soft_cap_and_sinks() -> None:
+    """float32 stays within it; what tanh.approx or a sink in bfloat16 would lose does not."""
+    rng, keys, cap = generator(), 300, np.float32(5)
+    cache = paged_cache(
+        [keys - 20], [20], page_size=16, n_kv_heads=1, head_dim=64, dtype=float32, rng=rng
+    )
+    q, offsets = activations((20, 1, 64), float32, rng), row_offsets([20])
+    sink = np.float32(4.578)
+    options: dict[str, Any] = {"causal": False, "soft_cap": float(cap), "sinks": np.array([sink])}
+    out64, lse64 = attention_ragged(
+        widen(q), offsets, cache.widened(), 0, return_lse=True, **options
+    )
+    out_error, lse_error = attention_error(q, offsets, cache, 0, **options)
+    positions = np.arange(keys)
+    pages = cache.lookup_table[0, positions // 16]
+    k, v = (cache.blocks[pages, part, 0, positions % 16, 0] for part in (0, 1))
+
+    def check(tanh_error: float, sink: Any) -> None:
+        scores = np.tanh(q[:, 0] @ k.T * np.float32(0.125) / cap) * np.float32(1 + tanh_error) * cap
+        p = np.exp(scores.astype(np.float32))
+        total = p.sum(axis=1, keepdims=True) + np.exp(np.float32(sink))
+        assert_within_budget(np.log(total), lse64, float32, propagated64=lse_error, name="LSE")
+        assert_within_budget((p @ v / total)[:, None], out64, float32, propagated64=out_error)
+
+    check(0.0, sink)
+    for tanh_error, wrong in ((2.0**-11, sink), (0.0, sink.astype(bfloat16)), (0.0, -np.inf)):
+        with pytest.raises(AssertionError, match="beyond their budget"):
+            check(tanh_error, wrong)
+
+
 def test_the_terms_of_a_rotation_are_its_absolute_products() -> None:
     cache = paged_cache(
         [1], [1], page_size=2, n_kv_heads=1, head_dim=3, dtype=float32, rng=generator()

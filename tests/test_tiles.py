@@ -78,6 +78,10 @@ CHOICES: dict[str, st.SearchStrategy[tiles.Instance]] = {
     "store_kv": st.builds(tiles.store_kv, dtypes),
     "add_kv": deltas.map(lambda pair: tiles.add_kv(*pair)),
     "attention_ragged": st.builds(tiles.attention_ragged, dtypes, heads),
+    "attention_decode": st.builds(
+        tiles.attention_decode, dtypes, heads, st.sampled_from([n * 1024 for n in (99, 227)])
+    ),
+    "attention_merge": st.builds(tiles.attention_merge, dtypes, heads),
 }
 
 
@@ -135,6 +139,13 @@ def test_the_list_holds_nothing_else() -> None:
         *(tiles.store_kv(t) for t in STORAGE),
         *(tiles.add_kv(t, out) for t in STORAGE for out in (t, STORAGE[0])),
         *(tiles.attention_ragged(t, dim) for t in STORAGE for dim in dims),
+        *(
+            tiles.attention_decode(t, dim, shared_bytes * 1024)
+            for t in STORAGE
+            for dim in dims
+            for shared_bytes in (99, 227)
+        ),
+        *(tiles.attention_merge(t, dim) for t in STORAGE for dim in dims),
     }
     assert set(INSTANCES) == chosen
 
@@ -158,6 +169,10 @@ def test_name() -> None:
 def test_limits(instance: tiles.Instance) -> None:
     """What needs more shared memory than every GPU has is chosen only where a block may have it."""
     more = instance.kernel == "sgmv_expand_long_kernel" and instance.params[2] == "2"
+    if instance.kernel == "attention_decode_kernel":  # stages
+        more = instance != tiles.attention_decode(
+            DTYPES[instance.params[0]], int(instance.params[1])
+        )
     assert 0 <= instance.shared_bytes <= (MOST_SHARED_BYTES if more else tiles.LEAST_SHARED_BYTES)
     assert 32 <= instance.threads <= 1024
     assert instance.threads % 32 == 0
@@ -286,15 +301,15 @@ def test_units_of_a_run(slice_blocks: tuple[int, ...], row_tiles: int, units: in
 
 
 class Recorder:
-    """Launches on the emulator with a byte of shared memory less than asked for."""
+    """Launches on the emulator, of one instance with a byte of shared memory less than asked for."""
 
-    def __init__(self, launch: Callable[..., None]) -> None:
-        self.launch = launch
+    def __init__(self, launch: Callable[..., None], short: tiles.Instance) -> None:
+        self.launch, self.short = launch, short
         self.instances: list[tiles.Instance] = []
 
     def __call__(self, instance: tiles.Instance, grid: Sequence[int], args: Sequence[Any]) -> None:
         self.instances.append(instance)
-        less = max(instance.shared_bytes - 1, 0)
+        less = instance.shared_bytes - int(instance == self.short)
         self.launch(replace(instance, shared_bytes=less), grid, args)
 
 
@@ -308,8 +323,10 @@ def test_shared_bytes(
     """With a byte less the kernel has too little: the emulator says how much it takes."""
     if kernels.name != "emulator":
         pytest.skip("only the emulator counts what a kernel takes")
-    recorder = Recorder(kernels.backend.launch)
+    recorder = Recorder(kernels.backend.launch, instance)
     monkeypatch.setattr(kernels.backend, "launch", recorder)
+    room = max(instance.shared_bytes, tiles.LEAST_SHARED_BYTES)
+    monkeypatch.setattr(kernels.backend, "shared_bytes", room)
     with pytest.raises(EmulatorError) as caught:
         call(instance, kernels, rng)
     assert recorder.instances[-1] == instance
@@ -349,12 +366,12 @@ def call(instance: tiles.Instance, kernels: KernelDevice, rng: np.random.Generat
         y = array(rows, out_dim, of=DTYPES[instance.params[1]])
         b = array(1, rank, out_dim).transpose(0, 2, 1)
         ops.sgmv_expand(array(rows, rank, of=np.float32), b, *batch, add_to=y)
-    elif instance.kernel == "attention_ragged_kernel":
-        head_dim = int(instance.params[1])
+    elif instance.source in ("attention.cu", "attention_decode.cu"):
+        head_dim, tokens = int(instance.params[1]), 3 if "decode" in instance.source else 33
         cache = testing.paged_cache(
-            [2], [3], page_size=4, n_kv_heads=1, head_dim=head_dim, dtype=dtype, rng=rng
+            [2], [tokens], page_size=4, n_kv_heads=1, head_dim=head_dim, dtype=dtype, rng=rng
         )
-        offsets = testing.row_offsets([3])
-        ops.attention_ragged(array(3, 1, head_dim), offsets, kernels.cache(cache), 0)
+        offsets = testing.row_offsets([tokens])
+        ops.attention_ragged(array(tokens, 1, head_dim), offsets, kernels.cache(cache), 0)
     else:
         raise AssertionError(f"no call of {instance.kernel} is known here")

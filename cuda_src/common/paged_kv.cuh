@@ -22,21 +22,25 @@ struct PagedKV {
     // A length and the difference of two offsets, each below 2^32, are below 2^33: half of it is divided in 32
     // bits, without the call that a division in 64 bits is.
     long long logical_page = 2ll * (static_cast<unsigned>(position >> 1) / static_cast<unsigned>(page_size));
-    long long slot_in_page = position - logical_page * page_size;  // in [0, 2 * page_size)
-    if (slot_in_page >= page_size) {
+    long long page_slot = position - logical_page * page_size;  // in [0, 2 * page_size)
+    if (page_slot >= page_size) {
       ++logical_page;
-      slot_in_page -= page_size;
+      page_slot -= page_size;
     }
-    unsigned page = static_cast<unsigned>(num_pages);
-    if (logical_page < max_pages) {
-      page = lookup_table[static_cast<long long>(sequence) * max_pages + logical_page];
-    }
+    return row(page_at(sequence, logical_page), static_cast<int>(page_slot), head, errors);
+  }
+
+  // The two steps of it, for who does something else until the page has arrived.
+  __device__ unsigned page_at(int sequence, long long logical_page) const {
+    if (logical_page >= max_pages) return static_cast<unsigned>(num_pages);
+    return lookup_table[static_cast<long long>(sequence) * max_pages + logical_page];
+  }
+  __device__ long long row(unsigned page, int page_slot, int head, unsigned* errors) const {
     if (page >= static_cast<unsigned>(num_pages)) {
       report(errors, kBadPage);
       return -1;
     }
-    const long long slot =
-        (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + slot_in_page;
+    const long long slot = (static_cast<long long>(page) * 2 * num_layers + layer_idx) * page_size + page_slot;
     return (slot * n_kv_heads + head) * head_dim;
   }
 };

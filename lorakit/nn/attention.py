@@ -10,6 +10,7 @@ from lorakit import checks, ops
 from lorakit.nn.arrays import (
     Array,
     HostInteger,
+    as_array,
     copy_into,
     current_device_of,
     module_of,
@@ -51,6 +52,12 @@ class AttentionWithRope(Module):
         float8_config: Not implemented.
         clip_qkv: Clamps the base weights of q, k, v to ``[-clip_qkv, clip_qkv]`` in every product;
             not biases, ``o_proj`` or adapters. None: unset; 0.0 is a value.
+        window: ``(left, right)``: a token sees only the keys up to `left` positions before its own;
+            None in a place or altogether: no bound. It never sees later ones, whatever `right` is.
+        soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``; None leaves them.
+        sinks: ``[num_attention_heads]`` on the layer's device, float32 or `dtype`: a score for each
+            query head that counts in the softmax, without a value. Kept, not copied; no weight, so
+            that it is not in the state dict.
 
     Attributes:
         q_proj, k_proj, v_proj, o_proj: The projections, ``[Q, hidden]``, twice ``[KV, hidden]``,
@@ -58,7 +65,8 @@ class AttentionWithRope(Module):
         n_heads, q_weight_dim, kv_weight_dim: Query heads, ``Q``, ``KV``.
 
     Raises:
-        ValueError, TypeError: A size does not fit, a cache of another dtype, a bad `scale` or clip.
+        ValueError, TypeError: A size does not fit, a cache of another dtype, a bad `scale`, clip,
+            `window`, `soft_cap` or `sinks`.
         NotImplementedError: `float8_config`, or more than one device.
     """
 
@@ -78,6 +86,9 @@ class AttentionWithRope(Module):
         has_bias: bool = False,
         float8_config: Any = None,
         clip_qkv: float | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        soft_cap: float | None = None,
+        sinks: Array | None = None,
     ) -> None:
         refuse(float8_config=float8_config)
         self.n_heads, self.n_kv_heads, self.hidden_size = positive(
@@ -99,6 +110,12 @@ class AttentionWithRope(Module):
         self.has_bias = has_bias
         self.float8_config = float8_config
         self.clip_qkv = check_clip(clip_qkv, "clip_qkv")
+        self.window = checks.check_window(window)
+        self.soft_cap = checks.check_soft_cap(soft_cap)
+        self.sinks: Array | None = None
+        if sinks is not None:
+            self.sinks = as_array(sinks, self.devices[0], "sinks")
+            checks.check_sinks(self.sinks, self.n_heads, dtype.to_numpy())
         self.q_weight_dim = kv_params.head_dim * self.n_heads
         self.kv_weight_dim = kv_params.head_dim * self.n_kv_heads
 
@@ -199,7 +216,15 @@ class AttentionWithRope(Module):
             interleaved=self.rope.interleaved,
             rotate_last=self.rope.rotate_last,
         )
-        attended = ops.attention_ragged(q, *where, step.layer_idx, scale=self.scale)
+        attended = ops.attention_ragged(
+            q,
+            *where,
+            step.layer_idx,
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=self.sinks,
+        )
         return self.o_proj(attended.reshape(len(qkv), self.q_weight_dim))
 
     def _check_output(self) -> None:

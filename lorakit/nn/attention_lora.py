@@ -33,8 +33,9 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
         max_num_loras: Adapter slots of each projection.
         max_lora_rank: Rank each slot is stored at.
         rope, num_attention_heads, num_key_value_heads, hidden_size, kv_params, devices, dtype,
-            stacked_qkv, scale, has_bias, float8_config, clip_qkv: As in `AttentionWithRope`. With
-            `stacked_qkv` the adapters keep their names ``q_proj.lora_A.weight`` and so on.
+            stacked_qkv, scale, has_bias, float8_config, clip_qkv, window, soft_cap, sinks: As in
+            `AttentionWithRope`. With `stacked_qkv` the adapters keep their names
+            ``q_proj.lora_A.weight`` and so on.
     """
 
     # With another `linear_cls` they are what it makes; then `qkv_loras` raises.
@@ -61,6 +62,9 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
         clip_qkv: float | None = None,
         max_num_loras: int = 8,
         max_lora_rank: int = 16,
+        window: tuple[int | None, int | None] | None = None,
+        soft_cap: float | None = None,
+        sinks: Array | None = None,
     ) -> None:
         positive(max_num_loras=max_num_loras, max_lora_rank=max_lora_rank)
         super().__init__(
@@ -79,6 +83,9 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
             has_bias=has_bias,
             float8_config=float8_config,
             clip_qkv=clip_qkv,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
 
     @property

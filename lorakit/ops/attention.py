@@ -11,6 +11,8 @@ from lorakit.dtypes import STORAGE
 from lorakit.ops._metadata import check_cache, signed
 from lorakit.ops.kv_cache import cache_arguments, cache_sizes
 
+_MAX_KEYS = 2**30  # of one sequence, as in the kernel: a window of as many is no bound
+
 
 def attention_ragged(
     q: Any,
@@ -21,8 +23,11 @@ def attention_ragged(
     scale: float | None = None,
     causal: bool = True,
     return_lse: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
 ) -> Any:
-    """Attention of this step's queries over all cached keys (MAX ``flash_attention_ragged``).
+    """Attention of this step's queries over cached keys (MAX ``flash_attention_ragged``).
 
     Query ``i`` of sequence ``b`` stands at position ``cache_lengths[b] + i`` and, causal, sees the keys up
     to its own position: the mask is aligned bottom right. With 2 keys cached and 3 new tokens::
@@ -31,19 +36,34 @@ def attention_ragged(
         1 1 1 1 0
         1 1 1 1 1
 
+    With ``window=(2, None)`` also::
+
+        1 1 1 0 0
+        0 1 1 1 0
+        0 0 1 1 1
+
     Query head ``h`` reads key head ``h // (n_heads / n_kv_heads)``.
 
-    Slots past a sequence's end may hold anything. A value of this step that is NaN or infinite may make
-    earlier queries of its own sequence NaN on a GPU, where a masked value is multiplied with 0.
+    Slots past a sequence's end may hold anything, and so may keys before the window of all queries of a
+    sequence. A value that is NaN or infinite may make queries of its own sequence NaN on a GPU though they
+    do not see it, when a query some tokens away does: there a masked value is multiplied with 0.
 
     Args:
         q: ``[total_tokens, n_heads, head_dim]`` in the cache's dtype; rows may lie apart.
         input_row_offsets: ``[batch_size + 1]`` uint32 or int32.
-        kv_collection: The paged cache; keys and values of this step must have been stored.
+        kv_collection: The paged cache; keys and values of this step must have been stored. Its
+            ``max_lengths[0, 0]`` is a bound on the new tokens of a sequence, in any replay of a
+            graph; it decides which kernels are launched.
         layer_idx: The layer of the cache.
         scale: Multiplies the scores; None means ``head_dim ** -0.5``.
         causal: False lets every query see all keys of its sequence.
-        return_lse: Return the log-sum-exp of the scaled scores too (natural logarithm).
+        return_lse: Return the log-sum-exp of the scores too (natural logarithm), with `sinks` of both.
+        window: ``(left, right)``: a query at position ``p`` sees keys from ``p - left`` to ``p + right``
+            only; None in a place means no bound there. Keys that no query near by sees are not read.
+            (MAX ``local_window_size``.)
+        soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``; None leaves them.
+        sinks: ``[n_heads]``, float32 or q's dtype, where q is: a score for each query head that counts in
+            the sum of exponentials, but has no value (MAX ``sink_weights``).
 
     Returns:
         ``[total_tokens, n_heads, head_dim]`` in q's dtype; 0 in rows that see no key. With `return_lse`
@@ -67,11 +87,18 @@ def attention_ragged(
         raise ValueError(
             f"q must have a multiple of n_kv_heads = {n_kv_heads} heads, got {n_heads}"
         )
-    if rows * (n_heads // n_kv_heads) >= 2**31:
+    group = n_heads // n_kv_heads
+    if rows * group >= 2**31:
         raise ValueError(f"q must have less than 2^31 rows per key head, got {rows} tokens")
     if scale is not None:
         checks.check_number(scale, "scale")
+    most_tokens = checks.check_max_lengths(kv_collection, input_row_offsets)
+    left, right = checks.check_window(window)
+    soft_cap = checks.check_soft_cap(soft_cap)
     checks.check_same_place(blocks=blocks, q=q)
+    if sinks is not None:
+        checks.check_sinks(sinks, n_heads, q.dtype)
+        checks.check_same_place(q=q, sinks=sinks)
     checks.check_aligned_rows(q=q)
     backend = jit.backend_of(q)
     if backend is None:
@@ -83,31 +110,88 @@ def attention_ragged(
             scale=scale,
             causal=causal,
             return_lse=return_lse,
+            window=(left, right),
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
     out = backend.empty(q.shape, q.dtype)
     lse = backend.empty(q.shape[:2], np.float32) if return_lse else None
     if q.size == 0:
         return (out, lse) if return_lse else out
 
-    tile = tiles.attention_ragged(q.dtype, sizes["head_dim"])
-    packed_rows = rows * (n_heads // n_kv_heads)
+    where = [signed(backend, input_row_offsets), *cache_arguments(backend, kv_collection)]
+    sizes_of = [rows, sizes["batch_size"], n_heads, np.int64(q.strides[0] // q.dtype.itemsize)]
+    sizes_of += [float(sizes["head_dim"] ** -0.5 if scale is None else scale)]
+    sizes_of += [
+        0.0 if soft_cap is None else soft_cap,
+        -1 if left is None else min(left, _MAX_KEYS),
+        0 if causal else -1 if right is None else min(right, _MAX_KEYS),
+    ]
+    in_float32 = sinks is None or sinks.dtype == np.float32
+    where += [sinks if in_float32 else None, None if in_float32 else sinks]
+    cache = cache_sizes(kv_collection, layer_idx)
+    _decode(backend, [q, out, lse, *where], sizes_of, cache, most_tokens)
+    has_many_rows = most_tokens > 1 and most_tokens * group > 32
+    if has_many_rows or not tiles.attention_decodes(sizes["head_dim"]):
+        tile = tiles.attention_ragged(q.dtype, sizes["head_dim"])
+        grid = (rows * group // tiles.attention_block_m(tile) + sizes["batch_size"] + 1, n_kv_heads)
+        backend.launch(tile, grid, [q, out, lse, *where, backend.error_word(), *sizes_of, *cache])
+    return (out, lse) if return_lse else out
+
+
+def _decode(
+    backend: jit.Backend, arrays: list[Any], sizes: list[Any], cache: list[int], most_tokens: int
+) -> None:
+    """The sequences with few rows, and the rows past the last offset."""
+    q, out, lse = arrays[:3]
+    batch_size, n_heads = sizes[1:3]
+    max_pages, page_size, n_kv_heads, head_dim = cache[1], *cache[4:]
+    group = n_heads // n_kv_heads
+    tile = tiles.attention_decode(q.dtype, head_dim, backend.shared_bytes)
+    # Blocks of neighbouring key heads read the same tokens at the same time: of all, or of up to 16 of them.
+    head_lanes = next(n for n in range(16, 0, -1) if n_kv_heads % n == 0)
+    # The longest line of tiles there can be, and with it the most chunks that rows can have.
+    capacity = min(max_pages * page_size, 2**30)
+    most_tiles = max(1, -(-capacity // tiles.attention_decode_keys(tile)))
+    row_tiles = -(-min(most_tokens * group, max(32, group)) // 16)
+    line = batch_size * row_tiles * (n_kv_heads // head_lanes) * most_tiles
+    blocks = head_lanes * max(1, min(backend.resident_blocks(tile) // head_lanes, line))
+    slots, state_rows = min(most_tiles, 128), min(16, most_tokens * group)
+    by_rows = batch_size * row_tiles * n_kv_heads <= blocks
+    regions = batch_size * row_tiles * n_kv_heads if by_rows else blocks
+    merge = tiles.attention_merge(q.dtype, head_dim)
+    shape = (regions, slots, state_rows, tiles.attention_state_floats(merge))
+    states, splits = backend.empty(shape, np.float32), backend.empty((blocks, 8), np.int32)
     backend.launch(
         tile,
-        (packed_rows // tiles.attention_block_m(tile) + sizes["batch_size"] + 1, n_kv_heads),
+        (blocks,),
         [
-            q,
-            out,
-            lse,
-            signed(backend, input_row_offsets),
-            *cache_arguments(backend, kv_collection),
+            *arrays,
             backend.error_word(),
-            rows,
-            sizes["batch_size"],
-            n_heads,
-            np.int64(q.strides[0] // q.dtype.itemsize),
-            float(sizes["head_dim"] ** -0.5 if scale is None else scale),
-            bool(causal),
-            *cache_sizes(kv_collection, layer_idx),
+            states,
+            splits,
+            *sizes,
+            most_tokens,
+            slots,
+            state_rows,
+            row_tiles if by_rows else 0,
+            head_lanes,
+            *cache,
         ],
     )
-    return (out, lse) if return_lse else out
+    backend.launch(
+        merge,
+        (blocks,),
+        [
+            out,
+            lse,
+            states,
+            splits,
+            *arrays[-2:],
+            n_heads,
+            n_kv_heads,
+            slots,
+            state_rows,
+            head_dim,
+        ],
+    )

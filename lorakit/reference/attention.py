@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.reference.kv_cache import KVCache, places
+
+# How many keys before and after its own a query sees; None: all.
+Window: TypeAlias = "tuple[int | None, int | None] | None"
+
+
+def visible_keys(position: int, num_keys: int, causal: bool, window: Window) -> slice:
+    """Which keys of its sequence the query at ``position`` sees: a run that holds its own."""
+    left, right = (None, None) if window is None else window
+    start = 0 if left is None else max(position - left, 0)
+    stop = num_keys if right is None else min(position + right + 1, num_keys)
+    return slice(start, min(stop, position + 1) if causal else stop)
 
 
 @overload
@@ -20,6 +31,9 @@ def attention_ragged(
     scale: float | None = None,
     causal: bool = True,
     return_lse: Literal[False] = False,
+    window: Window = None,
+    soft_cap: float | None = None,
+    sinks: NDArray[Any] | None = None,
 ) -> NDArray[Any]: ...
 
 
@@ -33,6 +47,9 @@ def attention_ragged(
     scale: float | None = None,
     causal: bool = True,
     return_lse: Literal[True],
+    window: Window = None,
+    soft_cap: float | None = None,
+    sinks: NDArray[Any] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
 
@@ -46,6 +63,9 @@ def attention_ragged(
     scale: float | None = None,
     causal: bool = True,
     return_lse: bool,
+    window: Window = None,
+    soft_cap: float | None = None,
+    sinks: NDArray[Any] | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]: ...
 
 
@@ -58,6 +78,9 @@ def attention_ragged(
     scale: float | None = None,
     causal: bool = True,
     return_lse: bool = False,
+    window: Window = None,
+    soft_cap: float | None = None,
+    sinks: NDArray[Any] | None = None,
 ) -> NDArray[Any] | tuple[NDArray[Any], NDArray[Any]]:
     """``softmax(scale * q @ keys.T) @ values`` for each sequence, over all its cached tokens.
 
@@ -69,6 +92,12 @@ def attention_ragged(
         query 1   1 1 1 1 .
         query 2   1 1 1 1 1
 
+    A window (1, None) leaves of them ::
+
+        query 0   . 1 1 . .
+        query 1   . . 1 1 .
+        query 2   . . . 1 1
+
     Query head ``h`` reads kv head ``h // (n_heads // n_kv_heads)``. A key that a query does not see
     is not read for it, so a nan there cannot reach it. MAX: ``flash_attention_ragged``.
 
@@ -79,7 +108,11 @@ def attention_ragged(
         layer_idx: layer of the cache.
         scale: multiplies the scores; None is ``head_dim ** -0.5``, 0.0 is a value.
         causal: whether a query sees only the keys up to its own position.
-        return_lse: also return the log-sum-exp of the scaled scores, natural logarithm.
+        return_lse: also return the log-sum-exp of the scores and sinks, natural logarithm.
+        window: ``(left, right)``: a query at position ``p`` sees the keys from ``p - left`` to
+            ``p + right`` only; None in a place is no bound.
+        soft_cap: scores are ``soft_cap * tanh(scaled score / soft_cap)``.
+        sinks: ``[n_heads]``, for each query head a score that has no value, as of one more key.
 
     Returns:
         ``[total_tokens, n_heads, head_dim]`` in ``q``'s dtype; with ``return_lse`` also
@@ -101,15 +134,24 @@ def attention_ragged(
         values = blocks[pages, 1, layer_idx, slots].astype(np.float64).transpose(1, 0, 2)
 
         for t in range(start, stop):
-            seen = cached + t - start + 1 if causal else cached + stop - start
+            seen = visible_keys(cached + t - start, cached + stop - start, causal, window)
             query = q[t].astype(np.float64).reshape(n_kv_heads, -1, head_dim)
-            scores = scale * query @ keys[:, :seen].transpose(0, 2, 1)
+            scores = scale * query @ keys[:, seen].transpose(0, 2, 1)
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             highest = scores.max(axis=2, keepdims=True)
-            # -inf - -inf would be nan: a row without a finite score keeps its zeros.
-            weights = np.exp(scores - np.where(highest == -np.inf, 0.0, highest))
-            total = weights.sum(axis=2, keepdims=True)
-            divisor = np.where(total == 0.0, 1.0, total)
-            out[t] = (weights @ values[:, :seen] / divisor).reshape(q[t].shape).astype(q.dtype)
+            # Without a score above -inf there is nothing to see, and a sink counts for nothing.
+            blind = highest == -np.inf
+            sink = np.full(blind.shape, -np.inf)
+            if sinks is not None:
+                sink = np.where(blind, sink, sinks.astype(np.float64).reshape(blind.shape))
+            highest = np.maximum(highest, sink)
+            # -inf - -inf would be nan: such a row keeps its zeros. So would inf - inf, of a sink.
+            weights = np.exp(scores - np.where(blind, 0.0, highest))
+            below = np.subtract(sink, highest, out=np.zeros_like(sink), where=sink < highest)
+            total = weights.sum(axis=2, keepdims=True) + np.where(blind, 0.0, np.exp(below))
+            divisor = np.where(blind, 1.0, total)
+            out[t] = (weights @ values[:, seen] / divisor).reshape(q[t].shape).astype(q.dtype)
             with np.errstate(divide="ignore"):
                 lse[t] = (highest + np.log(total)).reshape(-1)
     return (out, lse) if return_lse else out

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from lorakit.reference import rope_ragged
+from lorakit.reference.attention import Window, visible_keys
 from lorakit.reference.kv_cache import KVCache, places
 from lorakit.testing.budget import UNIT_ROUNDOFF, sum_factor
 from lorakit.testing.inputs import PagedCache, widen
@@ -56,6 +57,9 @@ def attention_error(
     *,
     scale: float | None = None,
     causal: bool = True,
+    window: Window = None,
+    soft_cap: float | None = None,
+    sinks: NDArray[Any] | None = None,
     probability_dtype: DTypeLike | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``propagated64`` of attention in float32, for the output and for the LSE.
@@ -75,6 +79,18 @@ def attention_error(
       smallest subnormal)``, over the denominator;
     * the LSE errs by ``e`` (through scores and sum), ``c(L) u`` (the sum) and ``4 u log(1 + L)``
       (the logarithm).
+
+    A soft cap ``C`` makes ``C tanh(s / C)`` of a score: an error of ``s`` is carried on with a slope of
+    at most 1. Dividing by ``C``, tanh (two units in the last place) and multiplying by ``C`` again are
+    ``8 u`` more, of a result that exceeds neither ``S`` nor ``C``; and ``2**-126 C``, since an ``s / C``
+    below that is flushed to zero.
+
+    A sink is one more probability, with a value of 0: ``P`` and the denominators are with it, and so
+    is the number of terms. Its score is not a sum of products, but is multiplied and subtracted like
+    one, and so is the maximum if it is that: the ``16 u`` are of the larger of ``S`` and ``|sink|``.
+    If it exceeds all scores the sums are rescaled by ``exp(largest score - sink)``, which is flushed
+    to zero below ``2**-126``: that much is lost of ``sum p |v|``, ``p`` being 1 for the largest score. So is
+    a result below ``2**-126``, which only a sink makes that small.
 
     Second-order terms are left out; each is smaller by 2**-10 or more.
 
@@ -101,20 +117,30 @@ def attention_error(
         keys = widen(blocks[pages, 0, layer_idx, slots]).transpose(1, 2, 0)
         values = np.abs(widen(blocks[pages, 1, layer_idx, slots])).transpose(1, 0, 2)
         for t in range(start, stop):
-            seen = cached + t - start + 1 if causal else cached + stop - start
+            seen = visible_keys(cached + t - start, cached + stop - start, causal, window)
             query = widen(q[t]).reshape(n_kv_heads, -1, head_dim)
-            scores = scale * query @ keys[..., :seen]
-            p = np.exp(scores - scores.max(axis=2, keepdims=True))
-            total = p.sum(axis=2, keepdims=True)
-            size = (abs(scale) * np.abs(query) @ np.abs(keys[..., :seen])).max(
-                axis=2, keepdims=True
-            )
+            scores = scale * query @ keys[..., seen]
+            size = (abs(scale) * np.abs(query) @ np.abs(keys[..., seen])).max(axis=2, keepdims=True)
+            rounded_size, terms, capping = size, scores.shape[2], 0.0
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
+                capping = 8 * np.minimum(size, soft_cap) * UNIT_ROUNDOFF + 2.0**-126 * soft_cap
+            highest = scores.max(axis=2, keepdims=True)
+            sink = np.full(highest.shape, -np.inf)
+            if sinks is not None:
+                sink, terms = widen(sinks).reshape(highest.shape), terms + 1
+                rounded_size = np.maximum(size, np.where(np.isfinite(sink), np.abs(sink), 0.0))
+            p = np.exp(scores - np.maximum(highest, sink))
+            total = p.sum(axis=2, keepdims=True) + np.exp(sink - np.maximum(highest, sink))
 
-            e = ((sum_factor(head_dim) + 16) * size + 4) * UNIT_ROUNDOFF
-            average = p @ values[:, :seen] / total
-            rounded = np.maximum(relative * p, smallest) @ values[:, :seen] / total
-            summed = (3 * sum_factor(seen) + 4) * UNIT_ROUNDOFF
+            e = (sum_factor(head_dim) * size + 16 * rounded_size + 4) * UNIT_ROUNDOFF + capping
+            average = p @ values[:, seen] / total
+            rounded = np.maximum(relative * p, smallest) @ values[:, seen] / total
+            summed = (3 * sum_factor(terms) + 4) * UNIT_ROUNDOFF
             out_error[t] = ((2 * e + summed) * average + rounded).reshape(q[t].shape)
-            log_error = (sum_factor(seen) + 4 * np.log1p(seen)) * UNIT_ROUNDOFF
+            if sinks is not None:
+                flushed = 2.0**-126 * np.exp(scores - highest) @ values[:, seen]
+                out_error[t] += flushed.reshape(q[t].shape) + 2.0**-126
+            log_error = (sum_factor(terms) + 4 * np.log1p(terms)) * UNIT_ROUNDOFF
             lse_error[t] = (e + log_error).reshape(-1)
     return out_error, lse_error

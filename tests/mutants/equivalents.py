@@ -51,7 +51,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     # ---- attention.cu
     Equivalent(
         "attention.cu",
-        "if (causal) num_keys = min(num_keys,",
+        "num_keys = options.end_key(position_of(min(kBlockM,",
         ("min(kBlockM, num_rows - first_row) -> kBlockM",),
         "The last block of a sequence sees all its keys, and num_keys is no more than these.",
     ),
@@ -69,7 +69,7 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "attention.cu",
-        "for (int t = 0; t < num_tiles; ++t) {",
+        "for (int t = first_tile; t < num_tiles; ++t) {",
         ("< -> <=",),
         "The keys of the tile after the last are all masked: nothing is added.",
     ),

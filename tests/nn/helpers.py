@@ -17,6 +17,7 @@ from lorakit import (
     PagedKVCacheManager,
     RotaryEmbedding,
 )
+from lorakit.nn.arrays import upload
 
 Array = NDArray[Any]
 STORAGE = (DType.float32, DType.float16, DType.bfloat16)
@@ -71,6 +72,9 @@ class Model:
     theta: float = 10000.0
     interleaved: bool = True
     scale: float | None = None
+    left: int | None = None
+    soft_cap: float | None = None
+    sinks: Array | None = None
 
     def rows(
         self,
@@ -111,9 +115,13 @@ class Model:
         for head in range(self.n_heads):
             shared = head // (self.n_heads // self.n_kv_heads)
             for t in range(tokens):
-                scores = scale * (k[: t + 1, shared] @ q[t, head])
-                p = np.exp(scores - scores.max())
-                attended[t, head] = p @ v[: t + 1, shared] / p.sum()
+                first = 0 if self.left is None else max(t - self.left, 0)
+                scores = scale * (k[first : t + 1, shared] @ q[t, head])
+                if self.soft_cap is not None:
+                    scores = self.soft_cap * np.tanh(scores / self.soft_cap)
+                p = np.exp(scores)
+                sink = 0.0 if self.sinks is None else np.exp(self.sinks[head])
+                attended[t, head] = p @ v[first : t + 1, shared] / (p.sum() + sink)
         return project("o", store(attended.reshape(tokens, -1)))
 
     def _rotate(self, heads: Array) -> Array:
@@ -177,6 +185,7 @@ def setup(
     has_bias: bool = False,
     interleaved: bool = True,
     layer_cls: type[Any] = AttentionWithRopeAndLoRA,
+    sinks: Array | None = None,
     **arguments: Any,
 ) -> Setup:
     """A small layer with random weights; 6 heads on 2, Q != hidden, pages of 3 tokens."""
@@ -193,6 +202,7 @@ def setup(
         devices=[device],
         dtype=dtype,
         has_bias=has_bias,
+        sinks=None if sinks is None else upload(sinks, device),
         **arguments,
     )
     rows = {"q": n_heads * head_dim, "k": n_kv_heads * head_dim, "v": n_kv_heads * head_dim}
@@ -220,6 +230,9 @@ def setup(
         {name: wide(b) for name, b in biases.items()} if has_bias else {},
         interleaved=interleaved,
         scale=arguments.get("scale"),
+        left=(arguments.get("window") or (None,))[0],
+        soft_cap=arguments.get("soft_cap"),
+        sinks=None if sinks is None else wide(sinks),
     )
     return Setup(layer, model, manager, rope, dtype, hidden)
 

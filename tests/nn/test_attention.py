@@ -30,6 +30,8 @@ from tests.nn.helpers import (
     wide,
 )
 
+SINKS = np.array([0.5, -1.0, 2.0, 0.0, 3.0, -np.inf], np.float32)
+
 
 def run(
     s: Setup, requests: list[str], rows: list[Any], to_device: Any, to_host: Any, layer: Any = None
@@ -55,6 +57,11 @@ def run(
         pytest.param({"scale": 0.7, "n_kv_heads": 6, "page_size": 1}, id="scale, MHA, pages of 1"),
         pytest.param({"n_kv_heads": 1, "head_dim": 8, "page_size": 16}, id="MQA, head_dim 8"),
         pytest.param({"stacked_qkv": True, "has_bias": True}, id="stacked"),
+        pytest.param({"window": (3, None)}, id="window"),
+        pytest.param({"window": (0, 2), "soft_cap": 0.5}, id="own key, which cannot be capped"),
+        pytest.param({"soft_cap": 0.3, "scale": 1.0}, id="soft cap"),
+        pytest.param({"sinks": SINKS}, id="sinks"),
+        pytest.param({"window": (4, None), "soft_cap": 0.7, "sinks": SINKS}, id="all options"),
     ],
 )
 @pytest.mark.parametrize("layer_cls", [AttentionWithRope, AttentionWithRopeAndLoRA])
@@ -276,6 +283,10 @@ def test_attributes(device: DeviceRef) -> None:
     layer = setup(device).layer
     assert layer.scale == 16**-0.5
     assert setup(device, scale=0.0).layer.scale == 0.0
+    assert (layer.window, layer.soft_cap, layer.sinks) == ((None, None), None, None)
+    with_options = setup(device, window=[np.int64(3), None], soft_cap=2, sinks=SINKS).layer
+    assert (with_options.window, with_options.soft_cap) == ((3, None), 2.0)
+    assert "sinks" not in with_options.state_dict()
     assert (layer.n_heads, layer.q_weight_dim, layer.kv_weight_dim) == (6, 96, 32)
     assert layer.devices == [device]
     assert layer.qkv_input_scale is None
@@ -283,7 +294,35 @@ def test_attributes(device: DeviceRef) -> None:
         _ = layer.qkv_weight_scale
 
 
+@pytest.mark.parametrize("layer_cls", [AttentionWithRope, AttentionWithRopeAndLoRA])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_sinks_in_the_dtype_of_the_layer(
+    device: DeviceRef, to_device: Any, to_host: Any, dtype: DType, layer_cls: type[Any]
+) -> None:
+    s = setup(device, dtype, layer_cls=layer_cls, sinks=SINKS.astype(dtype.to_numpy()))
+    x = s.tokens(30, 5)
+    claim(s.manager, ["a"])
+    (y,) = run(s, ["a"], [x], to_device, to_host)
+    assert_within_budget(y, s.model.rows(x), s.model.rows(x, dtype=dtype))
+
+
 # ---- Refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sinks", "error", "words"),
+    [
+        (np.zeros(5, np.float32), ValueError, r"sinks must have shape \[6\], got \(5,\)"),
+        (np.zeros((6, 1), np.float32), ValueError, r"sinks must have shape \[6\], got \(6, 1\)"),
+        (np.zeros(6, np.float64), TypeError, "sinks must be float32, got float64"),
+        (np.zeros(6, np.float16), TypeError, "sinks must be float32, got float16"),
+    ],
+)
+def test_sinks_that_are_refused(
+    device: DeviceRef, sinks: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        setup(device, sinks=sinks)
 
 
 @pytest.mark.parametrize("layer_cls", [AttentionWithRope, AttentionWithRopeAndLoRA])
@@ -306,6 +345,11 @@ def test_attributes(device: DeviceRef) -> None:
         ({"scale": "1"}, TypeError, "scale must be a number, got"),
         ({"clip_qkv": "1"}, TypeError, "clip_qkv must be a number, got"),
         ({"clip_qkv": -0.5}, ValueError, "clip_qkv must be None or at least 0"),
+        ({"window": 4}, TypeError, "window must be None or a pair"),
+        ({"window": (-1, None)}, ValueError, "window must not be negative, got -1 on the left"),
+        ({"soft_cap": 0.0}, ValueError, "soft_cap must be None or positive and finite"),
+        ({"soft_cap": "1"}, TypeError, "soft_cap must be a number, got str"),
+        ({"sinks": [0.0] * 6}, TypeError, "sinks must be an array on .*, got builtins.list"),
         ({"linear_cls": lambda **arguments: object()}, TypeError, "linear_cls must return"),
         (
             {"linear_cls": lambda **a: Linear(a["in_dim"], 1, a["dtype"], a["device"])},

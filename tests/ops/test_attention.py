@@ -40,30 +40,60 @@ BF16, FP16, FP32 = (bfloat16,), (FLOAT16,), (FLOAT32,)
 class Case(CacheCase):
     causal: bool = True
     scale: float | None = None
+    shared_kib: int = 227
+    """That a block may have: on sm_90 and on the emulator there is no more."""
+    window: tuple[int | None, int | None] | None = None
+    soft_cap: float | None = None
+    sinks: tuple[float, ...] | None = None
+    """Of the query heads in turn."""
+    narrow_sinks: bool = False
+    """Whether they have the dtype of the queries."""
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the op, all on the host."""
+        dtype = self.dtype if self.narrow_sinks else np.float32
+        return {
+            "scale": self.scale,
+            "causal": self.causal,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+            "sinks": None
+            if self.sinks is None
+            else np.resize(self.sinks, self.n_heads).astype(dtype),
+        }
 
     def instances(self) -> set[Instance]:
-        tile = tiles.attention_ragged(self.dtype, self.head_dim)
-        return {tile} if self.total_tokens else set()
+        if not self.total_tokens:
+            return set()
+        decode = {
+            tiles.attention_decode(self.dtype, self.head_dim, self.shared_kib * 1024),
+            tiles.attention_merge(self.dtype, self.head_dim),
+        }
+        rows = max(self.new) * (self.n_heads // self.n_kv_heads)
+        many = max(self.new) > 1 and rows > 32
+        if not many and tiles.attention_decodes(self.head_dim):
+            return decode
+        return decode | {tiles.attention_ragged(self.dtype, self.head_dim)}
 
 
 CASES = (
-    Case("prefill", (0, 0, 0), (5, 1, 18)),
+    Case("prefill", (0, 0, 0), (5, 1, 38)),
     Case("decode", (7, 31, 15, 16), (1, 1, 1, 1)),
-    Case("mixed", (70, 0, 3), (1, 9, 4)),
+    Case("mixed", (70, 60, 3), (1, 39, 4)),
     # Head dims, each padded size in each dtype.
-    Case("head_dim_8", (3, 0), (2, 5), head_dim=8),
-    Case("head_dim_24", (20, 0), (2, 5), head_dim=24),
-    Case("head_dim_40", (20, 0), (2, 5), head_dim=40, dtypes=FP16),
-    Case("head_dim_72", (20, 0), (2, 5), head_dim=72, dtypes=BF16),
-    Case("head_dim_80", (20, 0), (2, 5), head_dim=80, dtypes=FP16),
-    Case("head_dim_96", (20, 0), (2, 5), head_dim=96),
-    Case("head_dim_112", (20, 0), (2, 5), head_dim=112, dtypes=BF16),
-    Case("head_dim_128", (20, 0), (2, 5), head_dim=128),
-    Case("head_dim_192", (33, 0), (2, 5), head_dim=192),
-    Case("head_dim_256", (33, 0), (2, 5), head_dim=256),
+    Case("head_dim_8", (3, 0), (2, 20), head_dim=8),
+    Case("head_dim_24", (20, 0), (2, 20), head_dim=24),
+    Case("head_dim_40", (20, 0), (2, 20), head_dim=40, dtypes=FP16),
+    Case("head_dim_72", (20, 0), (2, 20), head_dim=72, dtypes=BF16),
+    Case("head_dim_80", (20, 0), (2, 20), head_dim=80, dtypes=FP16),
+    Case("head_dim_96", (20, 0), (2, 20), head_dim=96),
+    Case("head_dim_112", (20, 0), (2, 20), head_dim=112, dtypes=BF16),
+    Case("head_dim_128", (20, 0), (2, 20), head_dim=128),
+    Case("head_dim_192", (33, 0), (2, 20), head_dim=192),
+    Case("head_dim_256", (33, 0), (2, 20), head_dim=256),
     # Heads on one key head.
-    Case("one_head", (9, 0), (3, 4), n_heads=1, n_kv_heads=1, dtypes=FP16),
-    Case("every_head_its_own", (9, 0), (3, 4), n_heads=8, n_kv_heads=8, dtypes=BF16),
+    Case("one_head", (9, 0), (3, 40), n_heads=1, n_kv_heads=1, dtypes=FP16),
+    Case("every_head_its_own", (9, 0), (3, 40), n_heads=8, n_kv_heads=8, dtypes=BF16),
     Case("seven_on_one", (9, 0), (11, 2), n_heads=7, n_kv_heads=1),
     Case("eight_on_one", (9, 0), (11, 2), n_heads=8, n_kv_heads=1, dtypes=BF16),
     Case("six_on_two", (9, 0), (11, 2), n_heads=6, n_kv_heads=2, dtypes=FP16),
@@ -78,24 +108,36 @@ CASES = (
         "rows_15_16_17", (1, 0, 2), (15, 16, 17), n_heads=2, n_kv_heads=1, head_dim=16, dtypes=FP32
     ),
     Case("long_decode", (257, 1), (1, 1), head_dim=16),
-    Case("empty_sequences", (0, 4, 0, 9, 2), (0, 3, 0, 2, 0)),
+    # Chunks of 1, 2 and 4 tiles of 64 keys, as many as there can be, and one more.
+    Case("chunks_of_1_and_2", (511, 512, 1300), (1, 1, 1)),
+    Case("chunks_of_2_and_4", (2047, 2048), (1, 1), dtypes=FP16),
+    Case("chunks_head_dim_256", (900, 300), (1, 2), head_dim=256),
+    Case("sixteen_rows_and_more", (200, 700), (9, 16), n_heads=2, n_kv_heads=1, dtypes=BF16),
+    Case("few_rows_beside_many", (300, 20, 0, 600), (1, 40, 2, 3), dtypes=FP16),
+    Case("many_key_heads", (90, 260), (1, 1), n_heads=34, n_kv_heads=34, head_dim=16, dtypes=BF16),
+    Case("five_key_heads", (90, 700), (1, 2), n_heads=10, n_kv_heads=5, head_dim=40, dtypes=FP16),
+    Case("chunks_of_8_and_more", (16384, 65535, 65536, 131072), (1, 1, 1, 2), gpu_only=True),
+    Case("empty_sequences", (0, 4, 0, 9, 2), (0, 3, 0, 22, 0)),
     Case("no_tokens", (4, 0), (0, 0), dtypes=BF16),
     Case("no_sequences", (), (), dtypes=BF16),
     Case("many_sequences", (0, 1, 2, 3, 4) * 8, (1, 0, 2, 1, 3) * 8, head_dim=16, dtypes=BF16),
+    # Rings of as many tiles as there is room for.
+    Case("ring_in_99_kib_64", (300, 7), (1, 2), shared_kib=99, dtypes=FP32),
+    Case("ring_in_99_kib_128", (300, 7), (1, 2), head_dim=128, shared_kib=99),
     # Pages.
-    Case("page_size_1", (6, 0), (3, 4), page_size=1, dtypes=FP16),
-    Case("page_size_3", (20, 3, 0), (3, 1, 7), page_size=3, dtypes=BF16),
+    Case("page_size_1", (6, 0), (3, 24), page_size=1, dtypes=FP16),
+    Case("page_size_3", (20, 3, 0), (3, 1, 27), page_size=3, dtypes=BF16),
     Case("page_size_128", (127, 0, 128), (3, 9, 1), page_size=128, head_dim=16, dtypes=BF16),
-    Case("prefix_sharing", (16, 18, 20), (4, 1, 2), page_size=8, shared_pages=2, dtypes=BF16),
-    Case("first_of_three_layers", (2, 5), (3, 3), num_layers=3, layer_idx=0, dtypes=FP16),
+    Case("prefix_sharing", (16, 18, 20), (4, 1, 22), page_size=8, shared_pages=2, dtypes=BF16),
+    Case("first_of_three_layers", (2, 5), (3, 23), num_layers=3, layer_idx=0, dtypes=FP16),
     # Arguments.
-    Case("not_causal", (7, 0, 40), (5, 9, 1), causal=False),
-    Case("scale_0", (7, 0), (5, 9), scale=0.0, dtypes=BF16),
-    Case("scale_negative", (7, 0), (5, 9), scale=-0.3, dtypes=FP16),
-    Case("scale_1", (7, 0), (5, 9), scale=1.0, dtypes=FP32),
-    Case("fused_projection", (2, 5), (3, 3), strided=True),
-    Case("int32_metadata", (2, 5), (3, 3), metadata=np.int32, dtypes=BF16),
-    Case("host_metadata", (2, 5), (3, 3), host_metadata=True, dtypes=BF16),
+    Case("not_causal", (7, 0, 40), (5, 19, 1), causal=False),
+    Case("scale_0", (7, 0), (5, 19), scale=0.0, dtypes=BF16),
+    Case("scale_negative", (7, 0), (5, 19), scale=-0.3, dtypes=FP16),
+    Case("scale_1", (7, 0), (5, 19), scale=1.0, dtypes=FP32),
+    Case("fused_projection", (2, 5), (3, 17), strided=True),
+    Case("int32_metadata", (2, 5), (3, 23), metadata=np.int32, dtypes=BF16),
+    Case("host_metadata", (2, 5), (3, 23), host_metadata=True, dtypes=BF16),
     Case(
         "llama",
         (3000, 0, 1, 4095),
@@ -129,7 +171,7 @@ def check(
 ) -> None:
     """Output and LSE against the exact ones."""
     arguments: Any = (case.offsets(), cache.widened(), case.layer_idx)
-    options: dict[str, Any] = {"scale": case.scale, "causal": case.causal}
+    options = case.options()
     out64, lse64 = reference.attention_ragged(widen(q), *arguments, **options, return_lse=True)
     out_error, lse_error = attention_error(q, *arguments, **options)
     # Two 16-bit terms carry a probability: what they lose weighs the average of |v|.
@@ -144,8 +186,16 @@ def check(
 
 
 @parameters(CASES, Case.instances)
-def test_attention(case: Case, kernels: KernelDevice, rng: np.random.Generator) -> None:
+def test_attention(
+    case: Case,
+    kernels: KernelDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
     skip_where_slow(case, kernels)
+    if kernels.backend.shared_bytes < case.shared_kib * 1024:
+        case = replace(case, shared_kib=kernels.backend.shared_bytes // 1024)
+    monkeypatch.setattr(kernels.backend, "shared_bytes", case.shared_kib * 1024)
     cache = case.cache(rng)
     q = case.rows(rng, case.n_heads)
     q_on_device = kernels.asarray(q)
@@ -171,6 +221,74 @@ def test_attention(case: Case, kernels: KernelDevice, rng: np.random.Generator) 
         q_on_device, offsets, on_device, case.layer_idx, scale=case.scale, causal=case.causal
     )
     assert_bitwise_equal(alone, result[0], "the output without LSE")
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_row_has_the_same_bits_however_blocks_share_the_keys(
+    head_dim: int,
+    dtype: Any,
+    kernels: KernelDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+) -> None:
+    """Alone in the batch and among others, on any number of blocks, with rings of any length."""
+    cached, new = (1100, 0, 90, 600), (1, 3, 16, 2)
+    case = Case("", cached, new, dtype=dtype, head_dim=head_dim, page_size=32)
+    cache, q = case.cache(rng), case.rows(rng, case.n_heads)
+    starts = case.offsets().astype(int)
+    room = kernels.backend.shared_bytes
+    results = []
+    for blocks, shared_bytes in (
+        (1, room),
+        (3, room),
+        (8, 99 * 1024),
+        (26, 163 * 1024),
+        (700, room),
+    ):
+        monkeypatch.setattr(kernels.backend, "resident_blocks", lambda _, blocks=blocks: blocks)
+        monkeypatch.setattr(kernels.backend, "shared_bytes", min(shared_bytes, room))
+        results.append(
+            [kernels.to_host(part) for part in run(case, kernels, kernels.asarray(q), cache)]
+        )
+    check(case, kernels, q, cache, (results[0][0], results[0][1]))
+    for b in range(len(new)):
+        one = replace(case, cached=cached[b : b + 1], new=new[b : b + 1])
+        part = replace(
+            cache,
+            cache_lengths=cache.cache_lengths[b : b + 1],
+            lookup_table=cache.lookup_table[b : b + 1],
+        )
+        alone = run(one, kernels, kernels.asarray(q[starts[b] : starts[b + 1]]), part)
+        for result in results:
+            for whole, own in zip(result, alone, strict=True):
+                assert_bitwise_equal(whole[starts[b] : starts[b + 1]], own, f"sequence {b}")
+
+
+def test_more_tokens_than_max_lengths_says(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    """Known on the host it is refused; on the device it is reported."""
+    case = Case("", (5, 0), (1, 3), dtype=bfloat16)
+    cache = case.cache(rng)
+    cache.max_lengths[0, 0] = 2
+    q = kernels.asarray(case.rows(rng, case.n_heads))
+    with pytest.raises(ValueError) as caught:
+        run(replace(case, host_metadata=True), kernels, q, cache)
+    assert str(caught.value) == (
+        "kv_collection.max_lengths says that no sequence has more than 2 new tokens, but "
+        "input_row_offsets has one with 3"
+    )
+    run(case, kernels, q, cache)
+    assert "offsets" in kernels.take_errors()
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((0, 2), np.uint32), np.zeros(2, np.uint32)])
+def test_max_lengths_of_another_shape(
+    wrong: Any, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    case = Case("", (5, 0), (1, 3), dtype=bfloat16)
+    cache = replace(case.cache(rng), max_lengths=wrong)
+    with pytest.raises(ValueError, match=r"kv_collection.max_lengths must have shape \[steps, 2\]"):
+        run(case, kernels, kernels.asarray(case.rows(rng, case.n_heads)), cache)
 
 
 @each_dtype

@@ -75,7 +75,10 @@ class Step:
         self.ranks = gpu.zeros(5, np.uint32)
         self.group_offsets = gpu.zeros(6, np.uint32)
         self.cache = PagedKVCacheCollection(
-            self.blocks, self.cache_lengths, self.lookup_table, np.zeros((1, 2), np.uint32)
+            self.blocks,
+            self.cache_lengths,
+            self.lookup_table,
+            np.array([[ROWS, MAX_PAGES * PAGE_SIZE]], np.uint32),  # of any replay
         )
         self.calls: dict[str, Callable[[], Any]] = {
             "shrink": lambda: ops.sgmv_shrink(self.x, self.lora_a[0], *self.groups),

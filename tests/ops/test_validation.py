@@ -77,7 +77,14 @@ def good(op: str) -> dict[str, Any]:
             **step,
             "freqs_cis": rotary_table(8, 16),
         },
-        "attention_ragged": {"q": ones(ROWS, 4, 16), **step},
+        "attention_ragged": {
+            "q": ones(ROWS, 4, 16),
+            **step,
+            "scale": None,
+            "window": (3, None),
+            "soft_cap": 2.0,
+            "sinks": ones(4),
+        },
         "linear": {"x": x, "weight": ones(7, IN_DIM), "bias": ones(7)},
     }
     return arguments[op]
@@ -223,6 +230,48 @@ REFUSALS = (
         "q",
         ones(5, 3, 16),
         "q must have a multiple of n_kv_heads = 2 heads, got 3",
+    ),
+    # Options of attention.
+    R("attention_ragged", "scale", "0.5", "scale must be a number, got str", T),
+    R(
+        "attention_ragged",
+        "window",
+        4,
+        r"window must be None or a pair \(left, right\), got int",
+        T,
+    ),
+    R("attention_ragged", "window", "44", "window must be None or a pair .*, got str", T),
+    R("attention_ragged", "window", (4,), r"window must be a pair \(left, right\), got 1 values"),
+    R("attention_ragged", "window", (4, 0, 0), "window must be a pair .*, got 3 values"),
+    R("attention_ragged", "window", (-1, 0), "window must not be negative, got -1 on the left"),
+    R("attention_ragged", "window", (0, -2), "window must not be negative, got -2 on the right"),
+    R("attention_ragged", "window", (4.0, 0), "window must have integers or None, got float on", T),
+    R(
+        "attention_ragged",
+        "window",
+        (None, True),
+        "window must have integers .*bool on the right",
+        T,
+    ),
+    R("attention_ragged", "soft_cap", 0.0, "soft_cap must be None or positive and finite, .*0.0"),
+    R("attention_ragged", "soft_cap", -1, "soft_cap must be None or positive and finite, .*-1"),
+    R("attention_ragged", "soft_cap", float("inf"), "soft_cap must be .* finite, .*inf"),
+    R("attention_ragged", "soft_cap", float("nan"), "soft_cap must be .* finite, .*nan"),
+    R("attention_ragged", "soft_cap", 1e-39, "soft_cap must be .* from 2\\*\\*-126 to .*1e-39"),
+    R("attention_ragged", "soft_cap", True, "soft_cap must be a number, got bool", T),
+    R("attention_ragged", "soft_cap", "3", "soft_cap must be a number, got str", T),
+    R("attention_ragged", "sinks", [0.0] * 4, r"sinks must be an array \[4\], got list", T),
+    R("attention_ragged", "sinks", ones(3), r"sinks must have shape \[4\], got \(3,\)"),
+    R("attention_ragged", "sinks", ones(4, 1), r"sinks must have shape \[4\], got \(4, 1\)"),
+    R("attention_ragged", "sinks", in_type(np.float16), "sinks must be float32, got float16", T),
+    R("attention_ragged", "sinks", in_type(np.int32), "sinks must be float32, got int32", T),
+    R("attention_ragged", "sinks", ones(8)[::2], "sinks must be C-contiguous, got strides"),
+    R(
+        "attention_ragged",
+        "sinks",
+        emulator.asarray,
+        "sinks must be on the CPU as q is, got the",
+        T,
     ),
     R("rope_ragged", "freqs_cis", ones(8, 15), "freqs_cis must have an even number .*= 16, got 15"),
     R("rope_ragged", "freqs_cis", ones(8, 18), "freqs_cis must have an even number .*= 16, got 18"),
@@ -460,12 +509,6 @@ def test_more_rows_than_32_bits_count() -> None:
     with pytest.raises(
         ValueError, match=f"less than 2\\^31 rows per key head, got {tokens} tokens"
     ):
-        ops.attention_ragged(**arguments)
-
-
-def test_a_scale_is_a_number() -> None:
-    arguments = good("attention_ragged") | {"scale": "0.5"}
-    with pytest.raises(TypeError, match="scale must be a number, got str"):
         ops.attention_ragged(**arguments)
 
 

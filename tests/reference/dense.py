@@ -76,16 +76,25 @@ def softmax_attention(
     values: NDArray[Any],
     visible: NDArray[np.bool_],
     scale: float,
+    soft_cap: float | None = None,
+    sink: float | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Output and LSE of one head; ``q [n, d]``, ``keys, values [m, d]``, ``visible [n, m]``."""
+    """Output and LSE of one head; ``q [n, d]``, ``keys, values [m, d]``, ``visible [n, m]``.
+
+    A sink is one more key, of the score that it is, with a value of 0.
+    """
     out, lse = np.zeros((len(q), values.shape[1])), np.full(len(q), -np.inf)
     for i in range(len(q)):
         chosen = [j for j in range(len(keys)) if visible[i, j]]
         scores = [scale * math.fsum(q[i].astype(float) * keys[j].astype(float)) for j in chosen]
         if not scores or max(scores) == -math.inf:
             continue
+        if soft_cap is not None:
+            scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
+        if sink is not None:
+            scores.append(sink)
         weights = [math.exp(score - max(scores)) for score in scores]
         lse[i] = max(scores) + math.log(math.fsum(weights))
-        for weight, j in zip(weights, chosen, strict=True):
+        for weight, j in zip(weights[: len(chosen)], chosen, strict=True):
             out[i] += weight / math.fsum(weights) * values[j].astype(float)
     return out, lse

@@ -65,21 +65,30 @@ class Case:
         self.q = activations((sum(self.new), self.heads, self.head_dim), dtype, rng)
 
     def dense(
-        self, scale: float, causal: bool = True
+        self,
+        scale: float,
+        causal: bool = True,
+        window: Any = None,
+        soft_cap: float | None = None,
+        sinks: NDArray[Any] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Output and LSE from the explicit mask ``j <= i + keys - queries``."""
+        """Output and LSE from an explicit mask, of ``j <= i + keys - queries`` and the window."""
+        left, right = window or (None, None)
         out, lse = np.zeros(self.q.shape), np.zeros(self.q.shape[:2])
         group = self.heads // self.cache.blocks.shape[4]
         for b, (before, new) in enumerate(zip(self.before, self.new, strict=True)):
             rows = slice(int(self.offsets[b]), int(self.offsets[b + 1]))
             keys, values = (cached(self.cache, p, 1, b, range(before + new)) for p in (0, 1))
-            mask = np.tri(new, before + new, before, dtype=bool)
-            visible = mask if causal else np.ones_like(mask)
+            after = np.arange(before + new) - np.arange(before, before + new)[:, np.newaxis]
+            visible = (after <= 0) | (not causal)
+            visible &= after >= (-math.inf if left is None else -left)
+            visible &= after <= (math.inf if right is None else right)
             for head in range(self.heads):
                 kv = head // group
                 out[rows, head], lse[rows, head] = softmax_attention(
-                    self.q[rows, head], keys[:, kv], values[:, kv], visible, scale
-                )
+                    self.q[rows, head], keys[:, kv], values[:, kv], visible, scale, soft_cap,
+                    None if sinks is None else float(sinks[head]),
+                )  # fmt: skip
         return out, lse
 
 
@@ -109,6 +118,74 @@ def test_scale_multiplies_the_scores_and_zero_is_a_scale(scale: float) -> None:
         values = widen(cached(case.cache, 1, 1, 0, range(6)))
         np.testing.assert_allclose(out[0, 0], values[:, 0].mean(axis=0), rtol=1e-6)
         np.testing.assert_allclose(lse[0], math.log(6), rtol=1e-6)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "left": {"window": (3, None)},
+    "own-key": {"window": (0, 0), "causal": False},
+    "right": {"window": (None, 1), "causal": False},
+    "both": {"window": (2, 3), "causal": False},
+    "right-causal": {"window": (None, 2)},
+    "wide": {"window": (100, 2**40), "causal": False},
+    "cap": {"soft_cap": 2.0},
+    "small-cap": {"soft_cap": 1e-3, "causal": False},
+    "large-cap": {"soft_cap": 1e6},
+    "sinks": {"sinks": (0.0, 3.0, -2.0, 12.0)},
+    "far-sinks": {"sinks": (500.0, -500.0, -np.inf, 40.0)},
+    "all": {"window": (4, 1), "soft_cap": 3.0, "sinks": (1.0, -1.0), "causal": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", ["prefill-without-cache", "decode", "chunk-on-a-cache", "gqa-7"])
+@each_dtype
+def test_options_against_the_dense_softmax(dtype: Any, name: str, options: dict[str, Any]) -> None:
+    case = Case(name, dtype)
+    if "sinks" in options:
+        options = options | {"sinks": np.resize(options["sinks"], case.heads).astype(dtype)}
+    out, lse = attention_ragged(case.q, case.offsets, case.cache, 1, return_lse=True, **options)
+    exact, exact_lse = case.dense(1 / math.sqrt(case.head_dim), **options)
+    assert_within_budget(out, exact, dtype, name="output")
+    assert_within_budget(lse, exact_lse, float32, name="LSE")
+
+
+def test_a_window_a_cap_and_a_sink_by_hand() -> None:
+    """Keys 1 and 2 of 0, 1, 2 are seen; capped scores are ln 2 and 0, the sink's is ln 5."""
+    soft_cap = 2 * math.log(2)  # its half is ln 2, and tanh(ln(3) / 2) is a half
+    cache, offsets = one_head([7, soft_cap * math.log(3) / 2, 0], [100, 16, 24], before=2)
+    out, lse = attention_ragged(
+        np.ones((1, 1, 1), np.float32), offsets, cache, 0, scale=1.0, return_lse=True,
+        window=(1, None), soft_cap=soft_cap, sinks=np.array([math.log(5)], np.float32),
+    )  # fmt: skip
+    np.testing.assert_allclose(out.ravel(), [(2 * 16 + 24) / (2 + 1 + 5)], rtol=1e-6)
+    np.testing.assert_allclose(lse.ravel(), [math.log(8)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sink", [-math.inf, 0.0, 1e5, math.inf])
+def test_a_row_that_sees_no_key_has_no_sink(sink: float) -> None:
+    cache, offsets = one_head([-math.inf, -math.inf, 1.0], [1, 2, 3], before=1)
+    out, lse = attention_ragged(
+        np.ones((2, 1, 1), np.float32), offsets, cache, 0, scale=1.0, return_lse=True,
+        sinks=np.array([sink], np.float32),
+    )  # fmt: skip
+    assert out[0] == 0.0
+    assert lse[0] == -math.inf
+    # The other row sees a key of score 1, which all but the first two sinks outweigh by far.
+    share = 1 / (1 + math.exp(min(sink, 700.0) - 1))
+    np.testing.assert_allclose(out[1, 0, 0], 3 * share, rtol=1e-6, atol=1e-30)
+    expected = sink if sink > 700 else 1 - math.log(share)
+    np.testing.assert_allclose(lse[1, 0], expected, rtol=1e-6)
+
+
+def test_nan_outside_the_window_is_not_seen() -> None:
+    case = Case("chunk-on-a-cache", np.float32)
+    options: dict[str, Any] = {"window": (2, 1), "causal": False}
+    clean = attention_ragged(case.q, case.offsets, case.cache, 1, **options)
+    position = 8  # of sequence 0, whose new tokens are 5 .. 10: those from 7 on see it
+    case.cache.blocks[case.cache.lookup_table[0, position // 4], :, 1, position % 4] = np.nan
+    out = attention_ragged(case.q, case.offsets, case.cache, 1, **options)
+    assert np.isnan(out[2:6]).all()
+    assert_bitwise_equal(np.delete(out, range(2, 6), 0), np.delete(clean, range(2, 6), 0))
 
 
 def one_head(

@@ -55,6 +55,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site 
   return emulator::vote("__ballot_sync", mask, predicate != 0, site);
 }
 
+// The place of the lowest bit that is set, counted from 1; 0 if there is none.
+inline int __ffs(int value) { return __builtin_ffs(value); }
+
 inline int __any_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::here()) {
   return emulator::vote("__any_sync", mask, predicate != 0, site) != 0;
 }
