@@ -12,7 +12,7 @@ constexpr int kMergeThreads = 512;
 
 // Grid: that of attention_decode_kernel, whose block of the same index has the first chunks of its rows.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 1)
     attention_merge_kernel(T* out,                 // [total_tokens, n_heads, head_dim]
                            float* lse,             // [total_tokens, n_heads] or null
                            const float* states,    // [regions, slots, state_rows * kStateFloats]
