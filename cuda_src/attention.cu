@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps
   const Tile tile = tile_of<kBlockM>(blockIdx.x, row_offsets, batch_size, total_tokens, group);
   const int num_rows = (tile.end - tile.begin) * group;
   const int first_row = tile.row;
-  if (first_row >= num_rows || has_few_rows(tile.end - tile.begin, group, head_dim)) return;
+  if (first_row >= num_rows || has_few_rows<T>(tile.end - tile.begin, group, head_dim)) return;
   const auto token_of = [&](int m) { return (first_row + m) / group; };  // in its sequence
   const auto head_of = [&](int m) { return kv_head * group + (first_row + m) % group; };
 

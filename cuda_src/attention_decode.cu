@@ -1,18 +1,19 @@
 // The attention of attention.cu for sequences with few queries in this step: a token or two, as in decode
 // (has_few_rows). It is bound by reading keys and values, each once.
 //
-// All that such sequences read is one line of tiles of kTileKeys keys, by sequence, 16 rows, key head and
+// All that such sequences read is one line of tiles of kTileKeys keys, by sequence, kRows rows, key head and
 // position, and the blocks, as many as run at once, share it evenly, whatever the lengths: block i has the
-// chunks that start in tiles total * i / blocks .. total * (i + 1) / blocks. A chunk is some tiles of one
-// sequence, as its own length says (chunk_tiles). Its state is, for each row,
+// chunks that start in the i-th share. A chunk is some tiles of one sequence, as its own length says
+// (chunk_tiles). Its state is, for each row,
 //
 //   largest = max_j s[j]      sum = sum_j 2^(s[j] - largest)      acc = sum_j 2^(s[j] - largest) value[j]
 //
 // and the states of a row's chunks are merged from first to last, by the block that has them; from the chunk
 // on that another block has, by attention_merge_kernel. So the bits of a row depend on its own sequence only.
 //
-// A warp has 16 keys of each tile: it copies them, kStages tiles at a time, and no other warp waits for them.
-// At the end of a chunk the warps' states are added up, where its last keys and values were.
+// A warp has 16 keys of each tile: it copies them, a tile ahead, and no other warp waits for them. Keys are the
+// rows of its products, S^T = K Q^T and acc^T = V^T P^T, as they are more than the queries. At the end of a chunk
+// the warps' states are added up, each warp some elements, where its last keys and values were.
 #include <common/attention_line.cuh>
 #include <common/attention_state.cuh>
 #include <common/mma.cuh>
@@ -25,6 +26,10 @@ namespace lorakit {
 
 template <typename T, int kHeadDim>
 constexpr int kDecodeWarps = kHeadDim * int(sizeof(T)) <= 256 ? 4 : 2;
+
+// Blocks for which the compiler must leave registers.
+template <typename T, int kHeadDim, int kRows>
+constexpr int kMinDecodeBlocks = sizeof(T) == 2 && kHeadDim <= 128 && kRows == 8 ? 3 : 1;
 
 // Rows past the last offset see no key.
 template <typename T>
@@ -42,43 +47,51 @@ __device__ void zero_tail(T* out, float* lse, const int* row_offsets, int batch_
   for (long long i = first * n_heads + thread; i < rows; i += threads) lse[i] = -infinity();
 }
 
+// Lanes that copy a row side by side, 16 bytes each: a power of two that divides it.
+template <int kVectors>
+constexpr int kRowLanes = kVectors % 32 == 0   ? 32
+                          : kVectors % 16 == 0 ? 16
+                                               : 8;
+
 // Grid: as many blocks as run at once. Nothing is __restrict__: what the kernels before write would be read
 // ahead of the wait for them.
-template <typename T, int kHeadDim, int kStages>
-__global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) attention_decode_kernel(
-    const T* q,                     // [total_tokens, n_heads, head_dim], rows q_stride apart
-    T* out,                         // [total_tokens, n_heads, head_dim]
-    float* lse,                     // [total_tokens, n_heads] or null
-    const int* row_offsets,         // [batch_size + 1]
-    const T* blocks,                // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
-    const unsigned* lookup_table,   // [batch_size, max_pages]
-    const unsigned* cache_lengths,  // [batch_size]
-    const float* sinks,             // [n_heads] or null
-    const T* narrow_sinks,          // [n_heads] or null; one of both at most
-    unsigned* errors,
-    float* states,  // [regions, slots, state_rows * kStateFloats], a slot for each chunk of some rows
-    int* splits,    // [blocks] SplitRows
-    int total_tokens, int batch_size, int n_heads, long long q_stride, float scale, float soft_cap,
-    int window_left, int window_right, int most_tokens, int slots, int state_rows, int row_regions,
-    int head_lanes, int num_pages, int max_pages, int num_layers, int layer_idx, int page_size,
-    int n_kv_heads, int head_dim) {
-  constexpr int kWarps = kDecodeWarps<T, kHeadDim>, kThreads = kWarps * kWarpSize, kTileKeys = 16 * kWarps;
-  constexpr int kValues = kHeadDim / kWarpSize, kWarpRows = kRows / kWarps;
-  constexpr int kTileElements = 16 * SharedTile<T, kHeadDim>::kStride;
-  using Rows = SharedTile<T, kHeadDim>;
+template <typename T, int kHeadDim, int kRows>
+__global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDecodeBlocks<T, kHeadDim, kRows>)
+    attention_decode_kernel(
+        const T* q,                     // [total_tokens, n_heads, head_dim], rows q_stride apart
+        T* out,                         // [total_tokens, n_heads, head_dim]
+        float* lse,                     // [total_tokens, n_heads] or null
+        const int* row_offsets,         // [batch_size + 1]
+        const T* blocks,                // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+        const unsigned* lookup_table,   // [batch_size, max_pages]
+        const unsigned* cache_lengths,  // [batch_size]
+        const float* sinks,             // [n_heads] or null
+        const T* narrow_sinks,          // [n_heads] or null; one of both at most
+        unsigned* errors,
+        float* states,  // [regions, slots] of StateSlot, a slot for each chunk of some rows
+        int* splits,    // [blocks] SplitRows
+        int total_tokens, int batch_size, int n_heads, long long q_stride, float scale, float soft_cap,
+        int window_left, int window_right, int most_tokens, int slots, int state_pairs, int row_regions,
+        int head_lanes, int num_pages, int max_pages, int num_layers, int layer_idx, int page_size,
+        int n_kv_heads, int head_dim) {
+  constexpr int kWarps = kDecodeWarps<T, kHeadDim>, kThreads = kWarps * kWarpSize;
+  constexpr int kTileKeys = 16 * kWarps;
+  constexpr int kRowTiles = kRows / 8, kSteps = kHeadDim / 16;  // 8 rows, 16 elements
+  // Of a chunk's state a warp adds up these.
+  constexpr int kMySteps = kSteps * kRowTiles / kWarps;
+  static_assert(kSteps % kMySteps == 0, "all of the same rows");
+  using Rows = SwizzledRows<T, kHeadDim>;
+  constexpr int kTileElements = 16 * Rows::kStride;
   static_assert(2 * kTileElements * sizeof(T) >= kRows * kHeadDim * sizeof(float),
                 "a state is where a tile was");
 
   SharedMemory shared;
-  T* const ring = shared.take<T>(kStages * kWarps * 2 * kTileElements);  // [stage, warp, keys and values]
-  const Rows q_tile{shared.take<T>(kTileElements)};
-  Vector<float, 2>* const stats = shared.take<Vector<float, 2>>(kWarps * kRows);  // largest and sum
+  T* const ring = shared.take<T>(2 * kWarps * 2 * kTileElements);  // [stage, warp, keys and values]
+  const Rows q_tile{shared.take<T>(kRows * Rows::kStride)};
+  Vector<float, 4>* const warp_sums = shared.take<Vector<float, 4>>(kWarps * kRows / 2);  // of pairs of rows
   long long* const found = shared.take<long long>(kWarps + 2);
-  // The states of rows so far: of long rows they are too many for registers.
-  constexpr bool kInShared = kHeadDim * sizeof(T) >= 512;
-  float* const shared_values = shared.take<float>(kInShared ? kRows * kHeadDim : 0);
-  Vector<float, 2>* const shared_stats = shared.take<Vector<float, 2>>(kInShared ? kRows : 0);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int g = lane / 4, pair = lane % 4;  // of a fragment, see mma.cuh
   const auto stage_of = [&](int stage, int of_warp) {
     return ring + (stage * kWarps + of_warp) * 2 * kTileElements;
   };
@@ -92,7 +105,7 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
   const long long value_offset = cache.value_offset();
   const int group = n_heads / n_kv_heads;
   const AttentionOptions<T> options{scale, soft_cap, window_left, window_right, sinks, narrow_sinks};
-  const Line<T, kTileKeys> line{
+  const Line<T, kTileKeys, kRows> line{
       options,    row_offsets,  cache_lengths, errors,
       batch_size, total_tokens, group,         n_kv_heads,
       head_lanes, head_dim,     most_tokens,   min(static_cast<long long>(max_pages) * page_size, kMaxKeys)};
@@ -111,16 +124,15 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
   }
   if (lane == kWarpSize - 1) found[warp] = before;
   __syncthreads();
-  const auto line_length = [&] {  // read again where it is needed, which leaves a register
-    long long tiles = 0;
-    for (int w = 0; w < kWarps; ++w) tiles += found[w];
-    return tiles;
-  };
-  const long long line_tiles = line_length();
-  for (int w = 0; w < warp; ++w) before += found[w];
+  long long line_tiles = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += found[w];
+    line_tiles += found[w];
+  }
   before -= length;
-  const int shares = gridDim.x / head_lanes, share = blockIdx.x / head_lanes;
-  const long long begin = line_tiles * share / shares, end = line_tiles * (share + 1) / shares;
+  const Shares shares(line_tiles, gridDim.x / head_lanes);
+  const int share = blockIdx.x / head_lanes;
+  const long long begin = shares.begin(share), end = shares.begin(share + 1);
   if (before <= begin && begin < before + length) {
     int s = first_sequence;
     for (long long of_s = line.length(line.at(s)); before + of_s <= begin; of_s = line.length(line.at(++s))) {
@@ -135,11 +147,11 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
   if (begin >= end) return;
 
   // The first chunk that begins in the share.
-  Cursor<T, kTileKeys> at{line};
+  Cursor<T, kTileKeys, kRows> at{line};
   at.seek(static_cast<int>(found[kWarps]));
   const long long in_sequence = begin - found[kWarps + 1];
-  const int rows_before = static_cast<int>(in_sequence / at.tiles);
-  const int tile_before = static_cast<int>(in_sequence % at.tiles);
+  const int rows_before = static_cast<int>(Shares::divide(in_sequence, at.tiles));
+  const int tile_before = static_cast<int>(in_sequence - static_cast<long long>(rows_before) * at.tiles);
   const int first_tile = min(ceil_div(tile_before, at.chunk) * at.chunk, at.tiles);
   at.row_tile = rows_before / (n_kv_heads / head_lanes);
   at.kv_head += rows_before % (n_kv_heads / head_lanes) * head_lanes;
@@ -151,61 +163,67 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
     at.next_rows();
   }
 
-  // Copies of the tile `ahead` into a stage: each of the first 16 lanes knows the page of a key, looked up a
-  // tile before; eight lanes copy 128 bytes of a row.
-  Cursor<T, kTileKeys> ahead = at;
+  // Copies of the tile `ahead` into a stage. Of each of the first 16 lanes' keys the page was looked up a tile
+  // before.
+  Cursor<T, kTileKeys, kRows> ahead = at;
+  constexpr int kStep = kPer16Bytes<T>, kLanes = kRowLanes<kHeadDim / kStep>,
+                kRowsAtOnce = kWarpSize / kLanes;
+  const int row = lane / kLanes, col = lane % kLanes * kStep;
+  const long long token_stride = static_cast<long long>(n_kv_heads) * head_dim;
+  const bool pages_of_tiles = page_size % 16 == 0;
+  const int tile_pages = kTileKeys / page_size, tile_slots = kTileKeys % page_size;
+  int logical_page = 0, page_slot = 0;  // of this warp's first key
   unsigned page = 0;
-  unsigned long long present =
-      0;  // the keys of the next tiles that there are, 16 bits a tile from the lowest
-  const int key_of_lane = warp * 16 + lane % 16;
-  int logical_page = 0, page_slot = 0;
-  const auto look_up = [&] {
-    if (ahead.left == 0) return;
-    if (ahead.first_key() + key_of_lane < ahead.of.end_key)
-      page = cache.page_at(ahead.sequence, logical_page);
-  };
+  const auto first_key_ahead = [&] { return ahead.first_key() + warp * 16; };
+  const auto is_seen = [&](int key) { return key >= ahead.of.first_key && key < ahead.of.end_key; };
   const auto find_page = [&] {
-    logical_page = (ahead.first_key() + key_of_lane) / page_size;
-    page_slot = (ahead.first_key() + key_of_lane) % page_size;
+    logical_page = first_key_ahead() / page_size;
+    page_slot = first_key_ahead() % page_size;
   };
-  const int pages_of_tile = kTileKeys / page_size, slots_left = kTileKeys % page_size;
+  const auto look_up = [&] {
+    if (ahead.left > 0 && is_seen(first_key_ahead() + lane % 16)) {
+      const int of_lane = pages_of_tiles ? 0 : (page_slot + lane % 16) / page_size;
+      page = cache.page_at(ahead.sequence, logical_page + of_lane);
+    }
+  };
+  // Returns which of the 16 keys there are.
   const auto copy_ahead = [&](int stage) {
+    unsigned there = 0xffffu;
     if (ahead.left > 0) {
-      long long from = -1;
-      if (ahead.first_key() + key_of_lane < ahead.of.end_key) {
-        from = cache.row(page, page_slot, ahead.kv_head, errors);
-      }
-      const unsigned there = __ballot_sync(kFullMask, from >= 0) & 0xffffu;
-      present |= static_cast<unsigned long long>(there) << (16 * (kStages - 1));
-      const T* const key_row = blocks + max(from, 0ll);
-      constexpr int kStep = kPer16Bytes<T>, kLanes = 8;
-      const int row = lane / kLanes, col = lane % kLanes * kStep;
-      const Rows tile{stage_of(stage, warp) + row * Rows::kStride + col};
-      const bool whole = there == 0xffffu && head_dim == kHeadDim;
+      const Rows keys{stage_of(stage, warp)}, values{keys.data + kTileElements};
+      const bool all_seen = is_seen(first_key_ahead()) && is_seen(first_key_ahead() + 15);
+      if (pages_of_tiles && head_dim == kHeadDim && all_seen && page < static_cast<unsigned>(num_pages)) {
+        const T* from = blocks + cache.row(page, page_slot, ahead.kv_head, errors) + row * token_stride + col;
 #pragma unroll
-      for (int i = 0; i < 16; i += kWarpSize / kLanes) {
-        const T* const k_row = reinterpret_cast<const T*>(
-                                   __shfl_sync(kFullMask, reinterpret_cast<long long>(key_row), row + i)) +
-                               col;
-        const T* const v_row = k_row + value_offset;
-        if (whole) {
+        for (int i = 0; i < 16; i += kRowsAtOnce) {
 #pragma unroll
           for (int c = 0; c < kHeadDim; c += kLanes * kStep) {
-            cp_async_16(tile.at(i, c), k_row + c, 16);
-            cp_async_16(tile.at(i, c) + kTileElements, v_row + c, 16);
+            cp_async_16(keys.at(row + i, col + c), from + c, 16);
+            cp_async_16(values.at(row + i, col + c), from + value_offset + c, 16);
           }
-        } else {
-          const bool live = (there >> (row + i) & 1) != 0;
+          from += kRowsAtOnce * token_stride;
+        }
+      } else {
+        long long from = -1;
+        if (is_seen(first_key_ahead() + lane % 16)) {
+          from = cache.row(page, (page_slot + lane % 16) % page_size, ahead.kv_head, errors);
+        }
+        there = __ballot_sync(kFullMask, from >= 0) & 0xffffu;
+#pragma unroll 2
+        for (int i = 0; i < 16; i += kRowsAtOnce) {
+          const long long from_row = __shfl_sync(kFullMask, from, row + i);
+#pragma unroll
           for (int c = 0; c < kHeadDim; c += kLanes * kStep) {
-            const int bytes = live && col + c < head_dim ? 16 : 0;
-            cp_async_16(tile.at(i, c), bytes == 0 ? blocks : k_row + c, bytes);
-            cp_async_16(tile.at(i, c) + kTileElements, bytes == 0 ? blocks : v_row + c, bytes);
+            const bool live = from_row >= 0 && col + c < head_dim;
+            const T* const key = live ? blocks + from_row + col + c : blocks;
+            cp_async_16(keys.at(row + i, col + c), key, live ? 16 : 0);
+            cp_async_16(values.at(row + i, col + c), live ? key + value_offset : blocks, live ? 16 : 0);
           }
         }
       }
       ahead.next(end);
-      page_slot += slots_left;
-      logical_page += pages_of_tile;
+      logical_page += tile_pages;
+      page_slot += tile_slots;
       if (page_slot >= page_size) {
         page_slot -= page_size;
         ++logical_page;
@@ -214,13 +232,14 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
     }
     cp_async_commit();
     look_up();
+    return there;
   };
 
-  // The rows of a key head: their queries, and the keys that this lane's two see.
-  int first_keys[2], end_keys[2];
+  // The rows of a key head: their queries, the keys that this lane's see, and those that all see.
+  int first_keys[kRowTiles][2], end_keys[kRowTiles][2], all_first = 0, all_end = 0;
   const auto begin_rows = [&] {
     const int first_row = at.first_row(), num_rows = at.num_rows();
-    constexpr int kStep = kPer16Bytes<T>, kVectors = kHeadDim / kStep;
+    constexpr int kVectors = kHeadDim / kStep;
 #pragma unroll
     for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
       const int m = i / kVectors, col = i % kVectors * kStep;
@@ -228,8 +247,8 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
 #pragma unroll
       for (int j = 0; j < kStep; ++j) values.at[j] = from_float<T>(0.0f);
       if (m < num_rows && col < head_dim) {
-        const int token = at.of.begin + (first_row + m) / group,
-                  head = at.kv_head * group + (first_row + m) % group;
+        const int token = at.of.begin + (first_row + m) / group;
+        const int head = at.kv_head * group + (first_row + m) % group;
         values = *reinterpret_cast<const Vector<T, kStep>*>(q + token * q_stride + head * head_dim + col);
       }
       *reinterpret_cast<Vector<T, kStep>*>(q_tile.at(m, col)) = values;
@@ -239,118 +258,126 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
       first = options.first_key(position, at.of.end_key);
       end = options.end_key(position, at.of.end_key);
     };
-    sees(lane / 4, first_keys[0], end_keys[0]);
-    sees(lane / 4 + 8, first_keys[1], end_keys[1]);
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) sees(8 * t + 2 * pair + j, first_keys[t][j], end_keys[t][j]);
+    }
+    int unused;
+    sees(kRows - 1, all_first, unused);
+    sees(0, unused, all_end);
     __syncthreads();
   };
 
   find_page();
   look_up();
+  unsigned next_there = copy_ahead(0);
 
-  // Per tile; and per chunk, in which this warp adds up every kWarps-th row.
+  // Per tile; and per chunk, of which this warp has some elements.
   bool has_first_chunk = at.tile == 0;
   int region = 0;
-  RowState<kValues> states_of_rows[kInShared ? 1 : kWarpRows];
+  PairState<kMySteps> state;
+  const int my_tile = warp * kMySteps / kSteps, my_step = warp * kMySteps % kSteps;
   bool is_new = true;  // the rows
-  SoftmaxRow softmax[2];
-  float acc[kHeadDim / 8][4] = {};
+  SoftmaxRow softmax[kRowTiles][2];
+  float acc[kRowTiles][kSteps][4] = {};
 #pragma unroll 1
-  for (int step = 1 - kStages, next_stage = 0; at.left > 0; ++step) {
-    copy_ahead(next_stage);
-    const int stage = next_stage + 1 == kStages ? 0 : next_stage + 1;  // of kStages - 1 tiles ago
-    next_stage = stage;
-    if (step < 0) {
-      present >>= 16;
-      continue;
-    }
+  for (int stage = 0; at.left > 0; stage = 1 - stage) {
+    const unsigned there = next_there;
+    next_there = copy_ahead(1 - stage);
     if (is_new) {
       begin_rows();
       // Where states of these rows go: by the block that has their first chunk, or, if they are few, by
       // themselves.
-      const long long after_first = at.position - at.tile + 1;
-      const int owner = at.tile == 0 ? share : static_cast<int>((after_first * shares - 1) / line_length());
+      const int owner = at.tile == 0 ? share : shares.of(at.position - at.tile);
       region = row_regions == 0 ? owner * head_lanes + static_cast<int>(blockIdx.x) % head_lanes
                                 : (at.sequence * row_regions + at.row_tile) * n_kv_heads + at.kv_head;
       is_new = false;
     }
-    cp_async_wait<kStages - 1>();
+    cp_async_wait<1>();
     __syncwarp();
     const Rows k_tile{stage_of(stage, warp)}, v_tile{k_tile.data + kTileElements};
 
     // Scores of 16 keys.
-    float scores[2][4] = {};
-#pragma unroll(sizeof(T) == 4 ? 1 : kHeadDim / 16)
-    for (int k = 0; k < kHeadDim; k += 16) {
-      FragmentA<T> q_fragment;
-      load_a(q_fragment, q_tile, 0, k);
-      FragmentB<T> k_fragments[2];
-      load_b_rows(k_fragments, k_tile, 0, k);
-      mma(scores[0], q_fragment, k_fragments[0]);
-      mma(scores[1], q_fragment, k_fragments[1]);
-    }
-    if (options.is_capped()) {
+    float scores[kRowTiles][4] = {};
+#pragma unroll(sizeof(T) == 4 ? 1 : kHeadDim / 32)
+    for (int k = 0; k < kHeadDim; k += 32) {
+      FragmentA<T> k_fragments[2];
+      load_a(k_fragments[0], k_tile, 0, k);
+      load_a(k_fragments[1], k_tile, 0, k + 16);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) scores[i][j] = options.squash(scores[i][j]);
+      for (int t = 0; t < kRowTiles; ++t) {
+        FragmentB<T> q_fragments[2];
+        load_b_steps(q_fragments, q_tile, 8 * t, k);
+        mma(scores[t], k_fragments[0], q_fragments[0]);
+        mma(scores[t], k_fragments[1], q_fragments[1]);
       }
     }
     const int first_key = at.first_key() + warp * 16;
-    float largest[2] = {-infinity(), -infinity()};
+    const bool all_visible = there == 0xffffu && all_first <= first_key && first_key + 16 <= all_end;
+    FragmentB<T> p_fragments[kRowTiles][kTerms<T>];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool all_visible =
-          (present & 0xffffu) == 0xffffu && first_keys[half] <= first_key && first_key + 16 <= end_keys[half];
+    for (int t = 0; t < kRowTiles; ++t) {
+      if (options.is_capped()) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[i / 2][2 * half + i % 2];
-        const int n = i / 2 * 8 + lane % 4 * 2 + i % 2, key = first_key + n;
-        const bool visible =
-            all_visible || ((present >> n & 1) != 0 && key >= first_keys[half] && key < end_keys[half]);
-        score = visible ? score * options.logit_factor() : -infinity();
-        largest[half] = fmaxf(largest[half], score);
+        for (int i = 0; i < 4; ++i) scores[t][i] = options.squash(scores[t][i]);
       }
-    }
-    const float factors[2] = {softmax[0].raise(quad_max(largest[0])), softmax[1].raise(quad_max(largest[1]))};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i) scores[t][i] *= options.logit_factor();
+      if (!all_visible) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = g + i / 2 * 8, key = first_key + n;
+          const bool visible =
+              (there >> n & 1) != 0 && key >= first_keys[t][i % 2] && key < end_keys[t][i % 2];
+          scores[t][i] = visible ? scores[t][i] : -infinity();
+        }
+      }
+      float factors[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        factors[j] = softmax[t][j].raise(column_max(fmaxf(scores[t][j], scores[t][2 + j])));
+      }
       // Not of a chunk's first tile, where there is nothing yet.
-      if (at.begins_chunk || !__any_sync(kFullMask, factors[half] != 1.0f)) continue;
+      if (!at.begins_chunk && __any_sync(kFullMask, factors[0] != 1.0f || factors[1] != 1.0f)) {
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
-        acc[i][2 * half] *= factors[half];
-        acc[i][2 * half + 1] *= factors[half];
+        for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) acc[t][i][j] *= factors[j % 2];
+        }
       }
+      float probabilities[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) probabilities[i] = softmax[t][i % 2].probability(scores[t][i]);
+      split_d<T>(p_fragments[t], probabilities);
     }
 
-    // Probabilities times values: scores are laid out as that operand is.
-    float probabilities[8];
+    // Values times probabilities.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) probabilities[i] = softmax[i / 2 % 2].probability(scores[i / 4][i % 4]);
-    FragmentA<T> p_fragments[kTerms<T>];
-    split<T>(p_fragments, probabilities);
+    for (int i = 0; i < kSteps; ++i) {
+      FragmentA<T> v_fragment;
+      load_a_cols(v_fragment, v_tile, 0, 16 * i);
 #pragma unroll
-    for (int d = 0; d < kHeadDim; d += 16) {
-      FragmentB<T> v_fragments[2];
-      load_b_cols(v_fragments, v_tile, 0, d);
-      mma_split<T>(acc[d / 8], p_fragments, v_fragments[0]);
-      mma_split<T>(acc[d / 8 + 1], p_fragments, v_fragments[1]);
+      for (int t = 0; t < kRowTiles; ++t) mma_split<T>(acc[t][i], v_fragment, p_fragments[t]);
     }
+
     __syncwarp();
 
     if (at.ends_chunk()) {
-      // This warp's state to where the tile was, eight columns of neighbouring rows in different banks.
-      float* const mine = reinterpret_cast<float*>(stage_of(stage, warp));
+      // This warp's state to where the tile was.
+      auto* const mine = reinterpret_cast<Vector<float, 4>*>(stage_of(stage, warp));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (8 * half >= at.num_rows()) break;
-        const int row = lane / 4 + 8 * half;
-        const float sum = quad_sum(softmax[half].sum);
-        if (lane % 4 == 0) stats[warp * kRows + row] = {softmax[half].largest, sum};
+      for (int t = 0; t < kRowTiles; ++t) {
+        if (8 * t >= at.num_rows()) break;
+        const float sums[2] = {column_sum(softmax[t][0].sum), column_sum(softmax[t][1].sum)};
+        if (g == 0) {
+          warp_sums[warp * kRows / 2 + 4 * t + pair] = {softmax[t][0].largest, sums[0], softmax[t][1].largest,
+                                                        sums[1]};
+        }
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) {
-          *reinterpret_cast<Vector<float, 2>*>(mine + row * kHeadDim + (i ^ row % 8) * 8 + lane % 4 * 2) = {
-              acc[i][2 * half], acc[i][2 * half + 1]};
+        for (int i = 0; i < kSteps; ++i) {
+          mine[(t * kSteps + i) * kWarpSize + lane] = {acc[t][i][0], acc[t][i][1], acc[t][i][2],
+                                                       acc[t][i][3]};
         }
       }
       __syncthreads();
@@ -358,55 +385,44 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
       // The chunk's state is that of all warps. It joins those before it, or waits for them in the workspace.
       const bool ends_rows = at.ends_rows(), ends_share = at.position + 1 >= end;
       const bool is_split = !has_first_chunk || (!ends_rows && ends_share);
-      float* const slot =
-          states + ((static_cast<long long>(region) * slots + at.tile / at.chunk) * state_rows) *
-                       kStateFloats<kHeadDim>;
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-        const int row = r * kWarps + warp;
-        if (row >= at.num_rows()) break;
-        RowState<kValues> chunk;
+      const int row = 8 * my_tile + 2 * pair;
+      if (8 * my_tile < at.num_rows()) {
+        PairState<kMySteps> chunk;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-          const Vector<float, 2> of_warp = stats[w * kRows + row];
-          alignas(16) float values[kValues];
-          const int column = (lane * kValues / 8 ^ row % 8) * 8 + lane * kValues % 8;
-          load_values(values, reinterpret_cast<const float*>(stage_of(stage, w)) + row * kHeadDim + column);
-          chunk.merge(of_warp.at[0], of_warp.at[1], values);
-        }
-        RowState<kValues>& state = states_of_rows[kInShared ? 0 : r];
-        float* const values_so_far = shared_values + row * kHeadDim + lane * kValues;
-        if (kInShared && has_first_chunk) {
-          state = RowState<kValues>{};
-          if (at.tile >= at.chunk) {
-            load_values(state.values, values_so_far);
-            state.largest = shared_stats[row].at[0];
-            state.sum = shared_stats[row].at[1];
+          Vector<float, 4> values[kMySteps];
+#pragma unroll
+          for (int i = 0; i < kMySteps; ++i) {
+            values[i] = reinterpret_cast<const Vector<float, 4>*>(
+                stage_of(stage, w))[(warp * kMySteps + i) * kWarpSize + lane];
           }
+          chunk.merge(warp_sums[(w * kRows + row) / 2], values);
         }
         if (has_first_chunk) {
-          state.merge(chunk.largest, chunk.sum, chunk.values);
+          state.merge(chunk.sums(), chunk.values);
         } else {
           state = chunk;
         }
-        if (kInShared && has_first_chunk) {
-          store_values(values_so_far, state.values);
-          __syncwarp();
-          if (lane == 0) shared_stats[row] = {state.largest, state.sum};
-          __syncwarp();
+      }
+      const bool has_sums = my_step == 0 && g == 0;
+      if (has_first_chunk && ends_rows) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (row + j >= at.num_rows()) break;
+          const int in_rows = at.first_row() + row + j, head = at.kv_head * group + in_rows % group;
+          const long long place = static_cast<long long>(at.of.begin + in_rows / group) * n_heads + head;
+          state.store(
+              j, options.sink(head), out + place * head_dim,
+              has_sums && lse != nullptr ? lse + place : nullptr,
+              [&](int i) { return 16 * (my_step + i) + g; }, head_dim);
         }
-        if (has_first_chunk && ends_rows) {
-          const int pair = at.first_row() + row, head = at.kv_head * group + pair % group;
-          const long long token = at.of.begin + pair / group;
-          state.take_sink(options.sink(head));
-          store_row<T>(out, lse, state, token * n_heads + head, head_dim);
-        } else if (is_split) {
-          store_values(slot + row * kHeadDim + lane * kValues, state.values);
-          if (lane == 0) {
-            *reinterpret_cast<Vector<float, 2>*>(slot + state_rows * kHeadDim + 2 * row) = {state.largest,
-                                                                                            state.sum};
-          }
-        }
+      } else if (is_split && row < at.num_rows()) {
+        const StateSlot<kHeadDim> slot =
+            StateSlot<kHeadDim>{reinterpret_cast<Vector<float, 4>*>(states),
+                                state_pairs}[static_cast<long long>(region) * slots + at.tile / at.chunk];
+#pragma unroll
+        for (int i = 0; i < kMySteps; ++i) slot.values(my_step + i, g, row / 2) = state.values[i];
+        if (has_sums) slot.sums(row / 2) = state.sums();
       }
       if (is_split && has_first_chunk && threadIdx.x == 0) {
         split_rows = {at.of.begin,
@@ -419,20 +435,21 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
                       0};
       }
       __syncthreads();
-      softmax[0] = softmax[1] = SoftmaxRow{};
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
+      for (int t = 0; t < kRowTiles; ++t) {
+        softmax[t][0] = softmax[t][1] = SoftmaxRow{};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+        for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) acc[t][i][j] = 0.0f;
+        }
       }
       if (ends_rows) {
         is_new = has_first_chunk = true;
-#pragma unroll
-        for (int r = 0; r < (kInShared ? 1 : kWarpRows); ++r) states_of_rows[r] = RowState<kValues>{};
+        state = PairState<kMySteps>{};
       }
     }
     at.next(end);
-    present >>= 16;
   }
   cp_async_wait<0>();
 }

@@ -23,7 +23,8 @@ _CPP_NAMES = {
 
 # A head dim is padded to the next of these inside the attention kernel.
 HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
-DECODE_HEAD_DIMS = (64, 128)
+DECODE_HEAD_DIMS = (64, 128, 192, 256)
+DECODE_ROW_BYTES = 512
 
 SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
 SGMV_BLOCK_N = 256  # columns of a block of expand
@@ -297,43 +298,41 @@ def add_kv(dtype: Any, delta_dtype: Any) -> Instance:
 
 
 @functools.cache
-def attention_decode(dtype: Any, head_dim: int, shared_bytes: int = LEAST_SHARED_BYTES) -> Instance:
-    """As many tiles on their way as fit, up to three.
+def attention_decode(dtype: Any, head_dim: int, rows: int) -> Instance:
+    """Two tiles on their way, in 99 KiB at every head dim.
 
     Args:
-        shared_bytes: Shared memory that a block may have.
+        rows: The most (token, head in group) pairs of a key head that a sequence has in this step.
     """
     dtype = np.dtype(dtype)
-    padded = _decode_head_dim(head_dim)
-    warps = 4 if padded * dtype.itemsize <= 256 else 2
-    longest = 3 if dtype.itemsize == 2 or padded == 64 else 2
-    rows_bytes = 16 * _tile_row_bytes(padded, dtype)
-    sums_bytes = warps * 16 * 8 + -(-(warps + 2) * 8 // 16) * 16
-    if padded * dtype.itemsize >= 512:
-        sums_bytes += 16 * (padded * 4 + 8)
-
-    def of(stages: int) -> Instance:
-        return Instance(
-            "attention_decode.cu",
-            "attention_decode_kernel",
-            (_CPP_NAMES[dtype], str(padded), str(stages)),
-            threads=32 * warps,
-            shared_bytes=(2 * stages * warps + 1) * rows_bytes + sums_bytes,
-            early=True,
-        )
-
-    return next(
-        tile for tile in map(of, range(longest, 0, -1)) if tile.shared_bytes <= shared_bytes
+    padded = _decode_head_dim(dtype, head_dim)
+    row_bytes = padded * dtype.itemsize
+    warps = 4 if row_bytes <= 256 else 2
+    row_tile = 8 if rows <= 8 or row_bytes > 256 else 16
+    sizes = (2 * warps * 2 * 16 * row_bytes, row_tile * row_bytes, warps * row_tile * 8)
+    return Instance(
+        "attention_decode.cu",
+        "attention_decode_kernel",
+        (_CPP_NAMES[dtype], str(padded), str(row_tile)),
+        threads=32 * warps,
+        shared_bytes=sum(sizes) + -(-(warps + 2) * 8 // 16) * 16,
+        early=True,
     )
 
 
-def attention_decodes(head_dim: int) -> bool:
+def attention_decodes(dtype: Any, head_dim: int) -> bool:
     """Whether few rows have the decode kernel; of longer heads it only clears rows of no sequence."""
-    return head_dim <= DECODE_HEAD_DIMS[-1]
+    return bool(head_dim * np.dtype(dtype).itemsize <= DECODE_ROW_BYTES)
 
 
-def _decode_head_dim(head_dim: int) -> int:
-    return next((dim for dim in DECODE_HEAD_DIMS if head_dim <= dim), DECODE_HEAD_DIMS[-1])
+def _decode_head_dim(dtype: np.dtype[Any], head_dim: int) -> int:
+    dims = [dim for dim in DECODE_HEAD_DIMS if dim * dtype.itemsize <= DECODE_ROW_BYTES]
+    return next((dim for dim in dims if head_dim <= dim), dims[-1])
+
+
+def attention_decode_rows(instance: Instance) -> int:
+    """Rows of a tile of a decode instance."""
+    return int(instance.params[2])
 
 
 def attention_decode_keys(instance: Instance) -> int:
@@ -343,20 +342,20 @@ def attention_decode_keys(instance: Instance) -> int:
 
 @functools.cache
 def attention_merge(dtype: Any, head_dim: int) -> Instance:
-    """A column per thread."""
-    padded = _decode_head_dim(head_dim)
+    """Two elements of two rows per thread."""
+    padded = _decode_head_dim(np.dtype(dtype), head_dim)
     return Instance(
         "attention_merge.cu",
         "attention_merge_kernel",
         (_CPP_NAMES[np.dtype(dtype)], str(padded)),
-        threads=512,
+        threads=256,
         early=True,
     )
 
 
-def attention_state_floats(instance: Instance) -> int:
-    """Of a row of a merge instance: its values, largest score and sum, and two to align them."""
-    return int(instance.params[1]) + 4
+def attention_pair_floats(instance: Instance) -> int:
+    """Of the state of two rows of a merge instance: their values, largest scores and sums."""
+    return 2 * int(instance.params[1]) + 4
 
 
 @functools.cache
@@ -408,10 +407,9 @@ def instances() -> tuple[Instance, ...]:
         *(add_kv(t, delta) for t, delta in outputs),
         *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, HEAD_DIMS)),
         *dict.fromkeys(
-            attention_decode(*g)
-            for g in itertools.product(STORAGE, DECODE_HEAD_DIMS, (LEAST_SHARED_BYTES, 2**20))
+            attention_decode(*g) for g in itertools.product(STORAGE, DECODE_HEAD_DIMS, (8, 16))
         ),
-        *(attention_merge(t, d) for t, d in itertools.product(STORAGE, DECODE_HEAD_DIMS)),
+        *dict.fromkeys(attention_merge(*g) for g in itertools.product(STORAGE, DECODE_HEAD_DIMS)),
     ]
     return tuple(found)
 

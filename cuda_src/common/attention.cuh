@@ -11,8 +11,9 @@ constexpr long long kMaxKeys = 1ll << 30;  // of one sequence: positions, and su
 // attention_decode.cu has the sequences with up to 32 (token, head in group) pairs of a key head in this
 // step, or with one token; attention.cu the others, and all of heads too long for its registers. It goes by the
 // sequence alone, so that its bits do.
-__device__ inline bool has_few_rows(int tokens, int group, int head_dim) {
-  if (head_dim > 128) return false;
+template <typename T>
+__device__ bool has_few_rows(int tokens, int group, int head_dim) {
+  if (head_dim * sizeof(T) > 512) return false;
   return tokens <= 1 || static_cast<long long>(tokens) * group <= 32;
 }
 

@@ -1,4 +1,4 @@
-// What attention_decode.cu reads, as a line of tiles of keys: by sequence, 16 rows, key head and position.
+// What attention_decode.cu reads, as a line of tiles of keys: by sequence, kRows rows, key head and position.
 #pragma once
 
 #include <common/attention.cuh>
@@ -6,24 +6,45 @@
 
 namespace lorakit {
 
-constexpr int kRows = 16;  // of a tile of queries
-
-// Tiles of a chunk: few, for short sequences are to keep all blocks busy; more, for a chunk costs a state.
-__device__ inline int chunk_tiles(int tiles) {
-  if (tiles <= 1024) return tiles <= 8 ? 1 : tiles <= 32 ? 2 : tiles <= 256 ? 4 : 8;
-  return ceil_div(tiles, 128);
+// Tiles of a chunk of so many keys: few, for short sequences are to keep all blocks busy; more, for a chunk costs a
+// state.
+template <int kTileKeys>
+__device__ int chunk_tiles(int keys) {
+  const int of_chunk = keys <= 512     ? 64
+                       : keys <= 2048  ? 128
+                       : keys <= 16384 ? 256
+                                       : max(512, ceil_div(keys, 128));
+  return ceil_div(of_chunk, kTileKeys);
 }
 
 struct Sequence {
   int begin, tokens;  // its rows of q
   int cached;
   int first_key, end_key;  // that one of its tokens sees
+};
 
-  __device__ int row_tiles(int group) const { return ceil_div(tokens * group, kRows); }
+// The shares of a line, as even as can be: the first `more` of them have a tile more than the others.
+struct Shares {
+  long long each;
+  int more;
+
+  __device__ Shares(long long tiles, int count)
+      : each(divide(tiles, count)), more(static_cast<int>(tiles - each * count)) {}
+  __device__ long long begin(int share) const { return each * share + min(share, more); }
+  __device__ int of(long long tile) const {
+    const long long longer = (each + 1) * more;
+    return static_cast<int>(tile < longer ? divide(tile, each + 1) : more + divide(tile - longer, each));
+  }
+
+  // In 32 bits if that is enough, without the call that a division in 64 bits is.
+  static __device__ long long divide(long long a, long long b) {
+    if ((a | b) >> 32 == 0) return static_cast<unsigned>(a) / static_cast<unsigned>(b);
+    return a / b;
+  }
 };
 
 // The few-row sequences of a batch, as a line of tiles of kTileKeys keys.
-template <typename T, int kTileKeys>
+template <typename T, int kTileKeys, int kRows>
 struct Line {
   AttentionOptions<T> options;
   const int* row_offsets;
@@ -39,7 +60,7 @@ struct Line {
     of.begin = min(max(row_offsets[s], 0), total_tokens);
     of.tokens = min(max(row_offsets[s + 1], of.begin), total_tokens) - of.begin;
     if (of.tokens > most_tokens) report(errors, kBadOffsets);
-    if (!has_few_rows(of.tokens, group, head_dim) || of.tokens > most_tokens) of.tokens = 0;
+    if (!has_few_rows<T>(of.tokens, group, head_dim) || of.tokens > most_tokens) of.tokens = 0;
     const long long keys = static_cast<long long>(cache_lengths[s]) + of.tokens;
     if (of.tokens > 0 && keys > capacity) report(errors, kBadPage);
     of.end_key = static_cast<int>(min(keys, capacity));
@@ -48,19 +69,20 @@ struct Line {
     of.end_key = options.end_key(static_cast<long long>(of.cached) + of.tokens - 1, of.end_key);
     return of;
   }
-  // A sequence with rows has a tile, if only to find that there is no key.
+  // Of all keys at multiples of kTileKeys. A sequence with rows has one, if only to find that there is no key.
   __device__ int tiles(const Sequence& of) const {
-    return max(1, ceil_div(of.end_key - of.first_key, kTileKeys));
+    return max(1, ceil_div(of.end_key, kTileKeys) - of.first_key / kTileKeys);
   }
+  __device__ int row_tiles(const Sequence& of) const { return ceil_div(of.tokens * group, kRows); }
   __device__ long long length(const Sequence& of) const {
-    return static_cast<long long>(tiles(of)) * of.row_tiles(group) * (n_kv_heads / head_lanes);
+    return static_cast<long long>(tiles(of)) * row_tiles(of) * (n_kv_heads / head_lanes);
   }
 };
 
 // A tile of the line, and the way to the next.
-template <typename T, int kTileKeys>
+template <typename T, int kTileKeys, int kRows>
 struct Cursor {
-  Line<T, kTileKeys> line;
+  Line<T, kTileKeys, kRows> line;
   Sequence of;
   int sequence, row_tile, kv_head, tile, tiles, chunk;
   int left;  // tiles of this chunk from this one on; 0: the share is at its end
@@ -84,7 +106,7 @@ struct Cursor {
       break;
     }
     tiles = line.tiles(of);
-    chunk = chunk_tiles(tiles);
+    chunk = chunk_tiles<kTileKeys>(tiles * kTileKeys);
     row_tile = 0;
     kv_head = blockIdx.x % line.head_lanes;
     start(0);
@@ -111,17 +133,17 @@ struct Cursor {
     }
   }
 
-  // To the next 16 rows of the key head, to those of the next, to the next sequence.
+  // To the next rows of the key head, to those of the next, to the next sequence.
   __device__ void next_rows() {
     kv_head += line.head_lanes;
     if (kv_head >= line.n_kv_heads) {
       kv_head = blockIdx.x % line.head_lanes;
-      if (++row_tile == of.row_tiles(line.group)) return seek(sequence + 1);
+      if (++row_tile == line.row_tiles(of)) return seek(sequence + 1);
     }
     start(0);
   }
 
-  __device__ int first_key() const { return of.first_key + tile * kTileKeys; }
+  __device__ int first_key() const { return (of.first_key / kTileKeys + tile) * kTileKeys; }
   __device__ int first_row() const { return row_tile * kRows; }
   __device__ int num_rows() const { return min(kRows, of.tokens * line.group - first_row()); }
   __device__ bool ends_chunk() const { return left == 1; }

@@ -5,81 +5,76 @@
 
 namespace lorakit {
 
-// A row's state after some chunks: `values` are this lane's elements of acc.
-template <int kValues>
-struct RowState {
-  alignas(16) float values[kValues] = {};
-  float largest = -infinity(), sum = 0.0f;
+// Of two rows, as lanes have them: with g = lane / 4, a lane of the pair has values of elements 16 i + g and
+// 16 i + g + 8 for kSteps i, each of both rows.
+template <int kSteps>
+struct PairState {
+  float largest[2] = {-infinity(), -infinity()}, sum[2] = {};
+  Vector<float, 4> values[kSteps] = {};  // (16 i + g, rows), (16 i + g + 8, rows)
 
-  __device__ void merge(float other_largest, float other_sum, const float (&other_values)[kValues]) {
-    const float all = fmaxf(largest, other_largest), base = all == -infinity() ? 0.0f : all;
-    const float mine = ex2(largest - base), others = ex2(other_largest - base);
-    largest = all;
-    sum = fmaf(other_sum, others, sum * mine);
+  __device__ void merge(const Vector<float, 4>& sums, const Vector<float, 4> (&other)[kSteps]) {
+    float mine[2], others[2];
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] = fmaf(other_values[i], others, values[i] * mine);
+    for (int row = 0; row < 2; ++row) {
+      const float other_largest = sums.at[2 * row], all = fmaxf(largest[row], other_largest);
+      const float base = all == -infinity() ? 0.0f : all;
+      mine[row] = ex2(largest[row] - base);
+      others[row] = ex2(other_largest - base);
+      largest[row] = all;
+      sum[row] = fmaf(sums.at[2 * row + 1], others[row], sum[row] * mine[row]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[i].at[j] = fmaf(other[i].at[j], others[j % 2], values[i].at[j] * mine[j % 2]);
+      }
+    }
   }
 
-  // Of all chunks.
-  __device__ void take_sink(float sink) {
-    SoftmaxRow row{largest, sum};
-    const float factor = add_sink(row, sum, sink);
-    largest = row.largest;
+  // As merge takes it.
+  __device__ Vector<float, 4> sums() const { return {largest[0], sum[0], largest[1], sum[1]}; }
+
+  // Of all keys: what one of the rows gives. element(i) is where values[i] begin, and this lane stores the sum.
+  template <typename T, typename Element>
+  __device__ void store(int row, float sink, T* out, float* lse, Element element, int head_dim) const {
+    SoftmaxRow softmax{largest[row], sum[row]};
+    float total = sum[row];
+    const float factor = add_sink(softmax, total, sink);
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] *= factor;
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int d = element(i) + 8 * half;
+        if (d < head_dim) out[d] = from_float<T>(values[i].at[2 * half + row] * factor * inverse);
+      }
+    }
+    if (lse != nullptr) *lse = softmax.lse(total);
   }
 };
 
-// Of a row's state in the workspace: values first, of all rows, then largest and sum of each. There are
-// two floats more, so that each 16 bytes of values are aligned.
+// States of pairs in the workspace, `pairs` side by side: four values at a time, of each i and g, then their sums.
 template <int kHeadDim>
-constexpr int kStateFloats = kHeadDim + 4;
+struct StateSlot {
+  Vector<float, 4>* data;
+  int pairs;
+
+  static constexpr int kValues = kHeadDim / 2;  // vectors of a pair
+  __device__ Vector<float, 4>& values(int i, int g, int pair) const {
+    return data[(i * 8 + g) * pairs + pair];
+  }
+  __device__ Vector<float, 4>& sums(int pair) const { return data[kValues * pairs + pair]; }
+  __device__ StateSlot operator[](long long slot) const {
+    return {data + slot * (kValues + 1) * pairs, pairs};
+  }
+};
 
 // Rows of a key head of a sequence that several blocks have keys of.
 struct SplitRows {
-  int begin, first_row, rows;        // the sequence's first token, the first pair of 16 and how many; 0: none
+  int begin, first_row, rows;        // the sequence's first token, the first row and how many; 0: none
   int kv_head, first_chunk, chunks;  // the chunks whose states there are, the first of them of all before too
   int region, unused;
 };
-
-template <typename T, int kValues>
-__device__ void store_row(T* out, float* lse, const RowState<kValues>& state, long long row, int head_dim) {
-  const int lane = threadIdx.x % kWarpSize;
-  const float inverse = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
-  if (lane * kValues < head_dim) {
-    alignas(16) T values[kValues];
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] = from_float<T>(state.values[i] * inverse);
-    constexpr int kStep = kValues < kPer16Bytes<T> ? kValues : kPer16Bytes<T>;
-#pragma unroll
-    for (int i = 0; i < kValues; i += kStep) {
-      *reinterpret_cast<Vector<T, kStep>*>(out + row * head_dim + lane * kValues + i) =
-          *reinterpret_cast<const Vector<T, kStep>*>(values + i);
-    }
-  }
-  if (lse != nullptr && lane == 0) {
-    const SoftmaxRow softmax{state.largest, state.sum};
-    lse[row] = softmax.lse(state.sum);
-  }
-}
-
-template <int kValues>
-__device__ void store_values(float* to, const float (&values)[kValues]) {
-  constexpr int kStep = kValues < 4 ? kValues : 4;
-#pragma unroll
-  for (int i = 0; i < kValues; i += kStep) {
-    *reinterpret_cast<Vector<float, kStep>*>(to + i) =
-        *reinterpret_cast<const Vector<float, kStep>*>(values + i);
-  }
-}
-template <int kValues>
-__device__ void load_values(float (&values)[kValues], const float* from) {
-  constexpr int kStep = kValues < 4 ? kValues : 4;
-#pragma unroll
-  for (int i = 0; i < kValues; i += kStep) {
-    *reinterpret_cast<Vector<float, kStep>*>(values + i) =
-        *reinterpret_cast<const Vector<float, kStep>*>(from + i);
-  }
-}
 
 }  // namespace lorakit

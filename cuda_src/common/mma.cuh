@@ -35,8 +35,8 @@ struct FragmentB<float> {
 // ---- Load from a tile ----
 
 // A = tile[row .. row+16, k .. k+16].
-template <typename T, int kCols>
-__device__ void load_a(FragmentA<T>& a, SharedTile<T, kCols> tile, int row, int k) {
+template <typename T, typename Tile>
+__device__ void load_a(FragmentA<T>& a, Tile tile, int row, int k) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
     ldmatrix_x4(a.pairs, tile.at(row + lane % 16, k + lane / 16 * 8));
@@ -47,9 +47,22 @@ __device__ void load_a(FragmentA<T>& a, SharedTile<T, kCols> tile, int row, int 
   }
 }
 
+// The same from a tile whose rows are columns of A: A = tile[k .. k+16, row .. row+16] transposed.
+template <typename T, typename Tile>
+__device__ void load_a_cols(FragmentA<T>& a, Tile tile, int k, int row) {
+  const int lane = threadIdx.x % kWarpSize;
+  if constexpr (sizeof(T) == 2) {
+    ldmatrix_x4_trans(a.pairs, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      a.at[i] = *tile.at(k + lane % 4 * 2 + i % 2 + i / 4 * 8, row + lane / 4 + i / 2 % 2 * 8);
+    }
+  }
+}
+
 // B[0] and B[1]: columns n .. n+8 and n+8 .. n+16, from a tile whose rows are columns of B: tile[n, k].
-template <typename T, int kCols>
-__device__ void load_b_rows(FragmentB<T> (&b)[2], SharedTile<T, kCols> tile, int n, int k) {
+template <typename T, typename Tile>
+__device__ void load_b_rows(FragmentB<T> (&b)[2], Tile tile, int n, int k) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
     unsigned d[4];
@@ -64,8 +77,8 @@ __device__ void load_b_rows(FragmentB<T> (&b)[2], SharedTile<T, kCols> tile, int
 }
 
 // The same from a tile stored as B is: tile[k, n].
-template <typename T, int kCols>
-__device__ void load_b_cols(FragmentB<T> (&b)[2], SharedTile<T, kCols> tile, int k, int n) {
+template <typename T, typename Tile>
+__device__ void load_b_cols(FragmentB<T> (&b)[2], Tile tile, int k, int n) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
     unsigned d[4];
@@ -75,6 +88,22 @@ __device__ void load_b_cols(FragmentB<T> (&b)[2], SharedTile<T, kCols> tile, int
   } else {
     for (int i = 0; i < 8; ++i) {
       b[i / 4].at[i % 4] = *tile.at(k + lane % 4 * 2 + i % 2 + i / 2 % 2 * 8, n + i / 4 * 8 + lane / 4);
+    }
+  }
+}
+
+// B[0] and B[1]: columns n .. n+8 of rows k .. k+16 and of k+16 .. k+32, from a tile whose rows are columns of B.
+template <typename T, typename Tile>
+__device__ void load_b_steps(FragmentB<T> (&b)[2], Tile tile, int n, int k) {
+  const int lane = threadIdx.x % kWarpSize;
+  if constexpr (sizeof(T) == 2) {
+    unsigned d[4];
+    ldmatrix_x4(d, tile.at(n + lane % 8, k + lane / 8 * 8));
+    b[0] = {d[0], d[1]};
+    b[1] = {d[2], d[3]};
+  } else {
+    for (int i = 0; i < 8; ++i) {
+      b[i / 4].at[i % 4] = *tile.at(n + lane / 4, k + lane % 4 * 2 + i % 2 + i / 2 * 8);
     }
   }
 }
@@ -145,6 +174,27 @@ __device__ void split(FragmentB<T> (&terms)[kTerms<T>], const float (&values)[4]
       split_pair<T>(terms[0].pairs[i], terms[1].pairs[i], values[2 * i], values[2 * i + 1]);
   } else {
     for (int i = 0; i < 4; ++i) terms[0].at[i] = values[i];
+  }
+}
+
+// Terms whose sum is a D, as B: what a product gave is an operand of the next, after lanes have passed it on.
+template <typename T>
+__device__ void split_d(FragmentB<T> (&terms)[kTerms<T>], const float (&d)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    for (int i = 0; i < 2; ++i) {
+      unsigned first, second;
+      split_pair<T>(first, second, d[2 * i], d[2 * i + 1]);
+      terms[0].pairs[i] = movmatrix_trans(first);
+      terms[1].pairs[i] = movmatrix_trans(second);
+    }
+  } else {
+    const int lane = threadIdx.x % kWarpSize;
+    for (int i = 0; i < 4; ++i) {
+      const int from = (lane % 4 * 2 + i % 2) * 4 + lane / 8;
+      const float even = __shfl_sync(kFullMask, d[i / 2 * 2], from);
+      const float odd = __shfl_sync(kFullMask, d[i / 2 * 2 + 1], from);
+      terms[0].at[i] = lane / 4 % 2 == 0 ? even : odd;
+    }
   }
 }
 

@@ -43,6 +43,14 @@ __device__ inline void ldmatrix_x4_trans(unsigned (&d)[4], const void* row) {
                : "memory");
 }
 
+// PTX ISA, movmatrix: an 8x8 matrix of 16-bit elements, of which lane l has (l / 4, 2 * (l % 4)) and the next one,
+// transposed.
+__device__ inline unsigned movmatrix_trans(unsigned pair) {
+  unsigned d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(d) : "r"(pair));
+  return d;
+}
+
 // PTX ISA, mma.sync.m16n8k16: D[16 x 8] += A[16 x 16] B[16 x 8], float32 accumulators. With g = lane / 4
 // and c = 2 * (lane % 4), a lane holds D (g, c..c+1), (g+8, c..c+1); A (g, c..), (g+8, c..), (g, c+8..),
 // (g+8, c+8..); B rows (c.., c+8..) of column g.

@@ -15,4 +15,15 @@ __device__ inline float quad_sum(float value) {
   return value + __shfl_xor_sync(kFullMask, value, 2);
 }
 
+// And over the eight that share two columns.
+__device__ inline float column_max(float value) {
+  for (int step = 4; step < kWarpSize; step *= 2)
+    value = fmaxf(value, __shfl_xor_sync(kFullMask, value, step));
+  return value;
+}
+__device__ inline float column_sum(float value) {
+  for (int step = 4; step < kWarpSize; step *= 2) value += __shfl_xor_sync(kFullMask, value, step);
+  return value;
+}
+
 }  // namespace lorakit

@@ -17,6 +17,21 @@ struct SharedTile {
   __device__ T* at(int row, int col) const { return data + row * kStride + col; }
 };
 
+// The same without unused bytes: in each 128 bytes of a row the 16-byte chunks are swizzled. So cp.async fills all
+// of a 32-byte sector with one of global memory, which it would read twice for rows 16 bytes apart from that.
+template <typename T, int kCols>
+struct SwizzledRows {
+  static_assert(kCols * sizeof(T) % 128 == 0, "a row is made of 128 bytes");
+  static constexpr int kStride = kCols;
+
+  T* data;
+
+  __device__ T* at(int row, int col) const {
+    constexpr int kChunk = kPer16Bytes<T>;
+    return data + row * kStride + (col / kChunk ^ row % 8) * kChunk + col % kChunk;
+  }
+};
+
 // Rows of 128 bytes. Their 16-byte chunks are swizzled, so that the same chunk of eight rows is in different banks.
 struct SwizzledTile {
   static constexpr int kChunks = 8;

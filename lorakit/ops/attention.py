@@ -12,6 +12,7 @@ from lorakit.ops._metadata import check_cache, signed
 from lorakit.ops.kv_cache import cache_arguments, cache_sizes
 
 _MAX_KEYS = 2**30  # of one sequence, as in the kernel: a window of as many is no bound
+_FEW_ROWS = 32  # of a key head, as has_few_rows in the kernels
 
 
 def attention_ragged(
@@ -131,8 +132,8 @@ def attention_ragged(
     where += [sinks if in_float32 else None, None if in_float32 else sinks]
     cache = cache_sizes(kv_collection, layer_idx)
     _decode(backend, [q, out, lse, *where], sizes_of, cache, most_tokens)
-    has_many_rows = most_tokens > 1 and most_tokens * group > 32
-    if has_many_rows or not tiles.attention_decodes(sizes["head_dim"]):
+    has_many_rows = most_tokens > 1 and most_tokens * group > _FEW_ROWS
+    if has_many_rows or not tiles.attention_decodes(q.dtype, sizes["head_dim"]):
         tile = tiles.attention_ragged(q.dtype, sizes["head_dim"])
         grid = (rows * group // tiles.attention_block_m(tile) + sizes["batch_size"] + 1, n_kv_heads)
         backend.launch(tile, grid, [q, out, lse, *where, backend.error_word(), *sizes_of, *cache])
@@ -147,51 +148,32 @@ def _decode(
     batch_size, n_heads = sizes[1:3]
     max_pages, page_size, n_kv_heads, head_dim = cache[1], *cache[4:]
     group = n_heads // n_kv_heads
-    tile = tiles.attention_decode(q.dtype, head_dim, backend.shared_bytes)
+    most_rows = min(most_tokens * group, max(_FEW_ROWS, group))
+    tile = tiles.attention_decode(q.dtype, head_dim, most_rows)
     # Blocks of neighbouring key heads read the same tokens at the same time: of all, or of up to 16 of them.
     head_lanes = next(n for n in range(16, 0, -1) if n_kv_heads % n == 0)
     # The longest line of tiles there can be, and with it the most chunks that rows can have.
-    capacity = min(max_pages * page_size, 2**30)
-    most_tiles = max(1, -(-capacity // tiles.attention_decode_keys(tile)))
-    row_tiles = -(-min(most_tokens * group, max(32, group)) // 16)
+    most_tiles = max(
+        1, -(-min(max_pages * page_size, _MAX_KEYS) // tiles.attention_decode_keys(tile))
+    )
+    rows = tiles.attention_decode_rows(tile)
+    row_tiles = -(-most_rows // rows)
     line = batch_size * row_tiles * (n_kv_heads // head_lanes) * most_tiles
     blocks = head_lanes * max(1, min(backend.resident_blocks(tile) // head_lanes, line))
-    slots, state_rows = min(most_tiles, 128), min(16, most_tokens * group)
+    slots, pairs = min(most_tiles, 128), -(-min(rows, most_rows) // 2)
     by_rows = batch_size * row_tiles * n_kv_heads <= blocks
     regions = batch_size * row_tiles * n_kv_heads if by_rows else blocks
     merge = tiles.attention_merge(q.dtype, head_dim)
-    shape = (regions, slots, state_rows, tiles.attention_state_floats(merge))
-    states, splits = backend.empty(shape, np.float32), backend.empty((blocks, 8), np.int32)
+    states = backend.empty((regions, slots, pairs * tiles.attention_pair_floats(merge)), np.float32)
+    splits = backend.empty((blocks, 8), np.int32)
+    work = [most_tokens, slots, pairs, row_tiles if by_rows else 0, head_lanes]
     backend.launch(
         tile,
         (blocks,),
-        [
-            *arrays,
-            backend.error_word(),
-            states,
-            splits,
-            *sizes,
-            most_tokens,
-            slots,
-            state_rows,
-            row_tiles if by_rows else 0,
-            head_lanes,
-            *cache,
-        ],
+        [*arrays, backend.error_word(), states, splits, *sizes, *work, *cache],
     )
     backend.launch(
         merge,
         (blocks,),
-        [
-            out,
-            lse,
-            states,
-            splits,
-            *arrays[-2:],
-            n_heads,
-            n_kv_heads,
-            slots,
-            state_rows,
-            head_dim,
-        ],
+        [out, lse, states, splits, *arrays[-2:], n_heads, n_kv_heads, slots, pairs, head_dim],
     )

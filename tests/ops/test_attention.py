@@ -40,8 +40,6 @@ BF16, FP16, FP32 = (bfloat16,), (FLOAT16,), (FLOAT32,)
 class Case(CacheCase):
     causal: bool = True
     scale: float | None = None
-    shared_kib: int = 227
-    """That a block may have: on sm_90 and on the emulator there is no more."""
     window: tuple[int | None, int | None] | None = None
     soft_cap: float | None = None
     sinks: tuple[float, ...] | None = None
@@ -65,13 +63,14 @@ class Case(CacheCase):
     def instances(self) -> set[Instance]:
         if not self.total_tokens:
             return set()
+        group = self.n_heads // self.n_kv_heads
+        rows = max(self.new) * group
         decode = {
-            tiles.attention_decode(self.dtype, self.head_dim, self.shared_kib * 1024),
+            tiles.attention_decode(self.dtype, self.head_dim, min(rows, max(32, group))),
             tiles.attention_merge(self.dtype, self.head_dim),
         }
-        rows = max(self.new) * (self.n_heads // self.n_kv_heads)
-        many = max(self.new) > 1 and rows > 32
-        if not many and tiles.attention_decodes(self.head_dim):
+        few = max(self.new) == 1 or rows <= 32
+        if few and tiles.attention_decodes(self.dtype, self.head_dim):
             return decode
         return decode | {tiles.attention_ragged(self.dtype, self.head_dim)}
 
@@ -121,10 +120,9 @@ CASES = (
     Case("no_tokens", (4, 0), (0, 0), dtypes=BF16),
     Case("no_sequences", (), (), dtypes=BF16),
     Case("many_sequences", (0, 1, 2, 3, 4) * 8, (1, 0, 2, 1, 3) * 8, head_dim=16, dtypes=BF16),
-    # Rings of as many tiles as there is room for.
-    Case("ring_in_99_kib_64", (300, 7), (1, 2), shared_kib=99, dtypes=FP32),
-    Case("ring_in_99_kib_128", (300, 7), (1, 2), head_dim=128, shared_kib=99),
     # Pages.
+    Case("page_size_16", (127, 40, 300), (3, 1, 2), page_size=16, head_dim=64, dtypes=FP16),
+    Case("page_size_48", (127, 40, 300), (3, 1, 2), page_size=48, head_dim=128, dtypes=BF16),
     Case("page_size_1", (6, 0), (3, 24), page_size=1, dtypes=FP16),
     Case("page_size_3", (20, 3, 0), (3, 1, 27), page_size=3, dtypes=BF16),
     Case("page_size_128", (127, 0, 128), (3, 9, 1), page_size=128, head_dim=16, dtypes=BF16),
@@ -189,13 +187,9 @@ def check(
 def test_attention(
     case: Case,
     kernels: KernelDevice,
-    monkeypatch: pytest.MonkeyPatch,
     rng: np.random.Generator,
 ) -> None:
     skip_where_slow(case, kernels)
-    if kernels.backend.shared_bytes < case.shared_kib * 1024:
-        case = replace(case, shared_kib=kernels.backend.shared_bytes // 1024)
-    monkeypatch.setattr(kernels.backend, "shared_bytes", case.shared_kib * 1024)
     cache = case.cache(rng)
     q = case.rows(rng, case.n_heads)
     q_on_device = kernels.asarray(q)
@@ -232,22 +226,14 @@ def test_a_row_has_the_same_bits_however_blocks_share_the_keys(
     monkeypatch: pytest.MonkeyPatch,
     rng: np.random.Generator,
 ) -> None:
-    """Alone in the batch and among others, on any number of blocks, with rings of any length."""
+    """Alone in the batch and among others, by instances of 8 and of 16 rows, on any number of blocks."""
     cached, new = (1100, 0, 90, 600), (1, 3, 16, 2)
     case = Case("", cached, new, dtype=dtype, head_dim=head_dim, page_size=32)
     cache, q = case.cache(rng), case.rows(rng, case.n_heads)
     starts = case.offsets().astype(int)
-    room = kernels.backend.shared_bytes
     results = []
-    for blocks, shared_bytes in (
-        (1, room),
-        (3, room),
-        (8, 99 * 1024),
-        (26, 163 * 1024),
-        (700, room),
-    ):
+    for blocks in (1, 3, 8, 26, 700):
         monkeypatch.setattr(kernels.backend, "resident_blocks", lambda _, blocks=blocks: blocks)
-        monkeypatch.setattr(kernels.backend, "shared_bytes", min(shared_bytes, room))
         results.append(
             [kernels.to_host(part) for part in run(case, kernels, kernels.asarray(q), cache)]
         )
@@ -258,6 +244,7 @@ def test_a_row_has_the_same_bits_however_blocks_share_the_keys(
             cache,
             cache_lengths=cache.cache_lengths[b : b + 1],
             lookup_table=cache.lookup_table[b : b + 1],
+            max_lengths=np.array([[new[b], cached[b] + new[b]]], np.uint32),
         )
         alone = run(one, kernels, kernels.asarray(q[starts[b] : starts[b + 1]]), part)
         for result in results:

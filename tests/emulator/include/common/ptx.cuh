@@ -25,7 +25,8 @@ inline void cp_async_16(void* shared, const void* global, int source_bytes,
   if (source_bytes < 0 || source_bytes > 16) {
     emulator::fail(site, "cp_async_16: source_bytes is %d, must be 0 to 16", source_bytes);
   }
-  if (size_t(global) % 16 != 0) emulator::fail(site, "cp_async_16: the source %p is not 16-byte aligned", global);
+  if (size_t(global) % 16 != 0)
+    emulator::fail(site, "cp_async_16: the source %p is not 16-byte aligned", global);
   if (size_t(shared) % 16 != 0 || !emulator::is_shared(shared, 16)) {
     emulator::fail(site, "cp_async_16: the destination %p is not 16-byte aligned shared memory", shared);
   }
@@ -63,10 +64,20 @@ inline void ldmatrix_x4(unsigned (&d)[4], const void* row, emulator::Site site =
   emulator::distribute_matrices(d, elements, /*transposed=*/false, site);
 }
 
-inline void ldmatrix_x4_trans(unsigned (&d)[4], const void* row, emulator::Site site = emulator::Site::here()) {
+inline void ldmatrix_x4_trans(unsigned (&d)[4], const void* row,
+                              emulator::Site site = emulator::Site::here()) {
   unsigned short elements[8];
   emulator::load_row(elements, row, site);
   emulator::distribute_matrices(d, elements, /*transposed=*/true, site);
+}
+
+// Element (r, c) is in lane r * 4 + c / 2, its lower half if c is even.
+inline unsigned movmatrix_trans(unsigned pair, emulator::Site site = emulator::Site::here()) {
+  const int row = threadIdx.x % kWarpSize / 4, column = threadIdx.x % 4 * 2;
+  const unsigned upper = __shfl_sync(kFullMask, pair, column * 4 + row / 2, kWarpSize, site);
+  const unsigned lower = __shfl_sync(kFullMask, pair, (column + 1) * 4 + row / 2, kWarpSize, site);
+  const int shift = row % 2 * 16;
+  return (upper >> shift & 0xffffu) | (lower >> shift & 0xffffu) << 16;
 }
 
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __half,
