@@ -46,11 +46,12 @@ __device__ void zero_tail(T* out, float* lse, const int* row_offsets, int batch_
 // ahead of the wait for them.
 template <typename T, int kHeadDim, int kStages>
 __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) attention_decode_kernel(
-    const T* q,                     // [total_tokens, n_heads, head_dim], rows q_stride apart
-    T* out,                         // [total_tokens, n_heads, head_dim]
-    float* lse,                     // [total_tokens, n_heads] or null
-    const int* row_offsets,         // [batch_size + 1]
-    const T* blocks,                // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+    const T* q,              // [total_tokens, n_heads, head_dim], rows q_stride apart
+    T* out,                  // [total_tokens, n_heads, head_dim]
+    float* lse,              // [total_tokens, n_heads] or null
+    const int* row_offsets,  // [batch_size + 1]
+    const T* keys,           // [num_pages, page_size, n_kv_heads, head_dim], strides k_page, k_token, k_head
+    const T* values,         // the same, strides v_page, v_token, v_head
     const unsigned* lookup_table,   // [batch_size, max_pages]
     const unsigned* cache_lengths,  // [batch_size]
     const float* sinks,             // [n_heads] or null
@@ -60,8 +61,8 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
     int* splits,    // [blocks] SplitRows
     int total_tokens, int batch_size, int n_heads, long long q_stride, float scale, float soft_cap,
     int window_left, int window_right, int most_tokens, int slots, int state_rows, int row_regions,
-    int head_lanes, int num_pages, int max_pages, int num_layers, int layer_idx, int page_size,
-    int n_kv_heads, int head_dim) {
+    int head_lanes, int num_pages, int max_pages, int page_size, long long k_page, long long k_token,
+    long long k_head, long long v_page, long long v_token, long long v_head, int n_kv_heads, int head_dim) {
   constexpr int kWarps = kDecodeWarps<T, kHeadDim>, kThreads = kWarps * kWarpSize, kTileKeys = 16 * kWarps;
   constexpr int kValues = kHeadDim / kWarpSize, kWarpRows = kRows / kWarps;
   constexpr int kTileElements = 16 * SharedTile<T, kHeadDim>::kStride;
@@ -87,9 +88,9 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
   griddepcontrol_launch_dependents();
   check_offsets(row_offsets, batch_size, total_tokens, errors);
   zero_tail(out, lse, row_offsets, batch_size, total_tokens, n_heads, head_dim);
-  const PagedKV<const T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
-                               num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
-  const long long value_offset = cache.value_offset();
+  const PagedKV<const T> cache{keys,      values,    lookup_table, cache_lengths, num_pages,
+                               max_pages, page_size, k_page,       k_token,       k_head,
+                               v_page,    v_token,   v_head,       n_kv_heads,    head_dim};
   const int group = n_heads / n_kv_heads;
   const AttentionOptions<T> options{scale, soft_cap, window_left, window_right, sinks, narrow_sinks};
   const Line<T, kTileKeys> line{
@@ -171,23 +172,22 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
   const int pages_of_tile = kTileKeys / page_size, slots_left = kTileKeys % page_size;
   const auto copy_ahead = [&](int stage) {
     if (ahead.left > 0) {
-      long long from = -1;
-      if (ahead.first_key() + key_of_lane < ahead.of.end_key) {
-        from = cache.row(page, page_slot, ahead.kv_head, errors);
-      }
-      const unsigned there = __ballot_sync(kFullMask, from >= 0) & 0xffffu;
+      const bool is_there = ahead.first_key() + key_of_lane < ahead.of.end_key && cache.is_page(page, errors);
+      const unsigned there = __ballot_sync(kFullMask, is_there) & 0xffffu;
       present |= static_cast<unsigned long long>(there) << (16 * (kStages - 1));
-      const T* const key_row = blocks + max(from, 0ll);
+      const T* const key_row = keys + (is_there ? cache.key_row(page, page_slot, ahead.kv_head) : 0);
+      const T* const value_row = values + (is_there ? cache.value_row(page, page_slot, ahead.kv_head) : 0);
       constexpr int kStep = kPer16Bytes<T>, kLanes = 8;
       const int row = lane / kLanes, col = lane % kLanes * kStep;
       const Rows tile{stage_of(stage, warp) + row * Rows::kStride + col};
       const bool whole = there == 0xffffu && head_dim == kHeadDim;
 #pragma unroll
       for (int i = 0; i < 16; i += kWarpSize / kLanes) {
-        const T* const k_row = reinterpret_cast<const T*>(
-                                   __shfl_sync(kFullMask, reinterpret_cast<long long>(key_row), row + i)) +
-                               col;
-        const T* const v_row = k_row + value_offset;
+        const auto of_lane = [&](const T* of) {
+          return reinterpret_cast<const T*>(__shfl_sync(kFullMask, reinterpret_cast<long long>(of), row + i));
+        };
+        const T* const k_row = of_lane(key_row) + col;
+        const T* const v_row = of_lane(value_row) + col;
         if (whole) {
 #pragma unroll
           for (int c = 0; c < kHeadDim; c += kLanes * kStep) {
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, 1) atten
           const bool live = (there >> (row + i) & 1) != 0;
           for (int c = 0; c < kHeadDim; c += kLanes * kStep) {
             const int bytes = live && col + c < head_dim ? 16 : 0;
-            cp_async_16(tile.at(i, c), bytes == 0 ? blocks : k_row + c, bytes);
-            cp_async_16(tile.at(i, c) + kTileElements, bytes == 0 ? blocks : v_row + c, bytes);
+            cp_async_16(tile.at(i, c), bytes == 0 ? keys : k_row + c, bytes);
+            cp_async_16(tile.at(i, c) + kTileElements, bytes == 0 ? values : v_row + c, bytes);
           }
         }
       }
