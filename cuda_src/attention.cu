@@ -32,22 +32,25 @@ constexpr int kMinBlocks = kHeadDim <= 64 ? 12 / kWarps : 1;
 // Grid (total_tokens * group / kBlockM + batch_size + 1, n_kv_heads).
 template <typename T, int kHeadDim, int kWarps, int kBlockN>
 __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps>) attention_ragged_kernel(
-    const T* __restrict__ q,                    // [total_tokens, n_heads, head_dim], rows q_stride apart
-    T* __restrict__ out,                        // [total_tokens, n_heads, head_dim]
-    float* __restrict__ lse,                    // [total_tokens, n_heads] or null
-    const int* __restrict__ row_offsets,        // [batch_size + 1]
-    const T* __restrict__ blocks,               // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
-    const unsigned* __restrict__ lookup_table,  // [batch_size, max_pages]
+    const T* __restrict__ q,              // [total_tokens, n_heads, head_dim], rows q_stride apart
+    T* __restrict__ out,                  // [total_tokens, n_heads, head_dim]
+    float* __restrict__ lse,              // [total_tokens, n_heads] or null
+    const int* __restrict__ row_offsets,  // [batch_size + 1]
+    const T* __restrict__ keys,  // [num_pages, page_size, n_kv_heads, head_dim], strides k_page, k_token, k_head
+    const T* __restrict__ values,                // the same, strides v_page, v_token, v_head
+    const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
     const unsigned* __restrict__ cache_lengths,  // [batch_size]
     const float* __restrict__ sinks,             // [n_heads] or null
     const T* __restrict__ narrow_sinks,          // [n_heads] or null; one of both at most
     unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride, float scale,
-    float soft_cap, int window_left, int window_right, int num_pages, int max_pages, int num_layers,
-    int layer_idx, int page_size, int n_kv_heads, int head_dim) {
+    float soft_cap, int window_left, int window_right, int num_pages, int max_pages, int page_size,
+    long long k_page, long long k_token, long long k_head, long long v_page, long long v_token,
+    long long v_head, int n_kv_heads, int head_dim) {
   constexpr int kBlockM = kWarps * 16, kThreads = kWarps * kWarpSize;
   using QTile = SharedTile<T, kHeadDim>;
-  const PagedKV<const T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
-                               num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+  const PagedKV<const T> cache{keys,      values,    lookup_table, cache_lengths, num_pages,
+                               max_pages, page_size, k_page,       k_token,       k_head,
+                               v_page,    v_token,   v_head,       n_kv_heads,    head_dim};
   const AttentionOptions<T> options{scale, soft_cap, window_left, window_right, sinks, narrow_sinks};
 
   // Which rows: of sequence tile.segment, (token, head in group) pairs first_row .. first_row + kBlockM.
@@ -78,19 +81,28 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps
   const QTile q_tile{shared.take<T>(kBlockM * QTile::kStride)};
   const QTile k_tile{shared.take<T>(kBlockN * QTile::kStride)};
   const QTile v_tile{shared.take<T>(kBlockN * QTile::kStride)};
-  long long* key_offsets = shared.take<long long>(2 * kBlockN);  // element in `blocks`, or -1: not visible
+  CacheSlot* const slots = shared.take<CacheSlot>(2 * kBlockN);  // -1: not visible
 
   const auto locate = [&](int first_key, int buffer) {
     for (int n = threadIdx.x; n < kBlockN; n += kThreads) {
       const int key = first_key + n;
-      key_offsets[buffer * kBlockN + n] =
-          key >= begin_key && key < num_keys ? cache.key_offset(tile.segment, key, kv_head, errors) : -1;
+      CacheSlot at{0, -1};
+      if (key >= begin_key && key < num_keys) at = cache.slot_of(tile.segment, key);
+      if (at.slot >= 0 && !cache.is_page(at.page, errors)) at.slot = -1;
+      slots[buffer * kBlockN + n] = at;
     }
   };
-  const auto load_keys = [&](QTile to, int buffer, long long value_offset) {
-    load_tile<kBlockN, kThreads, true>(to, head_dim, 1, blocks, [&](int n) {
-      const long long offset = key_offsets[buffer * kBlockN + n];
-      return offset < 0 ? nullptr : blocks + offset + value_offset;
+  const auto load_keys = [&](int buffer) {
+    load_tile<kBlockN, kThreads, true>(k_tile, head_dim, 1, keys, [&](int n) {
+      const CacheSlot at = slots[buffer * kBlockN + n];
+      return at.slot < 0 ? nullptr : keys + cache.key_row(at.page, at.slot, kv_head);
+    });
+    cp_async_commit();
+  };
+  const auto load_values = [&](int buffer) {
+    load_tile<kBlockN, kThreads, true>(v_tile, head_dim, 1, values, [&](int n) {
+      const CacheSlot at = slots[buffer * kBlockN + n];
+      return at.slot < 0 ? nullptr : values + cache.value_row(at.page, at.slot, kv_head);
     });
     cp_async_commit();
   };
@@ -104,7 +116,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps
   const int first_tile = begin_key / kBlockN, num_tiles = ceil_div(num_keys, kBlockN);
   locate(first_tile * kBlockN, first_tile % 2);
   __syncthreads();
-  load_keys(k_tile, first_tile % 2, 0);
+  load_keys(first_tile % 2);
 
   // This lane's two rows: the keys they see, state and sums.
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -121,7 +133,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps
     const int first_key = t * kBlockN;
 
     // Scores: the values of this tile on their way, the next tile's keys being located.
-    load_keys(v_tile, buffer, cache.value_offset());
+    load_values(buffer);
     locate(first_key + kBlockN, 1 - buffer);
     cp_async_wait<1>();
     __syncthreads();
@@ -141,7 +153,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps
     __syncthreads();
 
     // The next tile's keys on their way; scale, mask, and raise the largest score of each row.
-    load_keys(k_tile, 1 - buffer, 0);
+    load_keys(1 - buffer);
     if (options.is_capped()) {
 #pragma unroll
       for (int i = 0; i < kBlockN / 8; ++i) {
@@ -156,7 +168,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kHeadDim, kWarps
       for (int j = 0; j < 4; ++j) {
         const int n = i * 8 + lane % 4 * 2 + j % 2, key = first_key + n;
         const bool visible =
-            key_offsets[buffer * kBlockN + n] >= 0 && key >= first_keys[j / 2] && key < end_keys[j / 2];
+            slots[buffer * kBlockN + n].slot >= 0 && key >= first_keys[j / 2] && key < end_keys[j / 2];
         scores[i][j] = visible ? scores[i][j] * options.logit_factor() : -infinity();
         largest[j / 2] = fmaxf(largest[j / 2], scores[i][j]);
       }

@@ -58,11 +58,12 @@ constexpr int kRowLanes = kVectors % 32 == 0   ? 32
 template <typename T, int kHeadDim, int kRows>
 __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDecodeBlocks<T, kHeadDim, kRows>)
     attention_decode_kernel(
-        const T* q,                     // [total_tokens, n_heads, head_dim], rows q_stride apart
-        T* out,                         // [total_tokens, n_heads, head_dim]
-        float* lse,                     // [total_tokens, n_heads] or null
-        const int* row_offsets,         // [batch_size + 1]
-        const T* blocks,                // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
+        const T* q,              // [total_tokens, n_heads, head_dim], rows q_stride apart
+        T* out,                  // [total_tokens, n_heads, head_dim]
+        float* lse,              // [total_tokens, n_heads] or null
+        const int* row_offsets,  // [batch_size + 1]
+        const T* keys,    // [num_pages, page_size, n_kv_heads, head_dim], strides k_page, k_token, k_head
+        const T* values,  // the same, strides v_page, v_token, v_head
         const unsigned* lookup_table,   // [batch_size, max_pages]
         const unsigned* cache_lengths,  // [batch_size]
         const float* sinks,             // [n_heads] or null
@@ -72,8 +73,9 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDeco
         int* splits,    // [blocks] SplitRows
         int total_tokens, int batch_size, int n_heads, long long q_stride, float scale, float soft_cap,
         int window_left, int window_right, int most_tokens, int slots, int state_pairs, int row_regions,
-        int head_lanes, int num_pages, int max_pages, int num_layers, int layer_idx, int page_size,
-        int n_kv_heads, int head_dim) {
+        int head_lanes, int num_pages, int max_pages, int page_size, long long k_page, long long k_token,
+        long long k_head, long long v_page, long long v_token, long long v_head, int n_kv_heads,
+        int head_dim) {
   constexpr int kWarps = kDecodeWarps<T, kHeadDim>, kThreads = kWarps * kWarpSize;
   constexpr int kTileKeys = 16 * kWarps;
   constexpr int kRowTiles = kRows / 8, kSteps = kHeadDim / 16;  // 8 rows, 16 elements
@@ -100,9 +102,9 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDeco
   griddepcontrol_launch_dependents();
   check_offsets(row_offsets, batch_size, total_tokens, errors);
   zero_tail(out, lse, row_offsets, batch_size, total_tokens, n_heads, head_dim);
-  const PagedKV<const T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
-                               num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
-  const long long value_offset = cache.value_offset();
+  const PagedKV<const T> cache{keys,      values,    lookup_table, cache_lengths, num_pages,
+                               max_pages, page_size, k_page,       k_token,       k_head,
+                               v_page,    v_token,   v_head,       n_kv_heads,    head_dim};
   const int group = n_heads / n_kv_heads;
   const AttentionOptions<T> options{scale, soft_cap, window_left, window_right, sinks, narrow_sinks};
   const Line<T, kTileKeys, kRows> line{
@@ -169,7 +171,6 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDeco
   constexpr int kStep = kPer16Bytes<T>, kLanes = kRowLanes<kHeadDim / kStep>,
                 kRowsAtOnce = kWarpSize / kLanes;
   const int row = lane / kLanes, col = lane % kLanes * kStep;
-  const long long token_stride = static_cast<long long>(n_kv_heads) * head_dim;
   const bool pages_of_tiles = page_size % 16 == 0;
   const int tile_pages = kTileKeys / page_size, tile_slots = kTileKeys % page_size;
   int logical_page = 0, page_slot = 0;  // of this warp's first key
@@ -190,34 +191,41 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDeco
   const auto copy_ahead = [&](int stage) {
     unsigned there = 0xffffu;
     if (ahead.left > 0) {
-      const Rows keys{stage_of(stage, warp)}, values{keys.data + kTileElements};
+      const Rows k_tile{stage_of(stage, warp)}, v_tile{k_tile.data + kTileElements};
       const bool all_seen = is_seen(first_key_ahead()) && is_seen(first_key_ahead() + 15);
       if (pages_of_tiles && head_dim == kHeadDim && all_seen && page < static_cast<unsigned>(num_pages)) {
-        const T* from = blocks + cache.row(page, page_slot, ahead.kv_head, errors) + row * token_stride + col;
+        const T* key = keys + cache.key_row(page, page_slot + row, ahead.kv_head) + col;
+        const T* value = values + cache.value_row(page, page_slot + row, ahead.kv_head) + col;
 #pragma unroll
         for (int i = 0; i < 16; i += kRowsAtOnce) {
 #pragma unroll
           for (int c = 0; c < kHeadDim; c += kLanes * kStep) {
-            cp_async_16(keys.at(row + i, col + c), from + c, 16);
-            cp_async_16(values.at(row + i, col + c), from + value_offset + c, 16);
+            cp_async_16(k_tile.at(row + i, col + c), key + c, 16);
+            cp_async_16(v_tile.at(row + i, col + c), value + c, 16);
           }
-          from += kRowsAtOnce * token_stride;
+          key += kRowsAtOnce * k_token;
+          value += kRowsAtOnce * v_token;
         }
       } else {
-        long long from = -1;
-        if (is_seen(first_key_ahead() + lane % 16)) {
-          from = cache.row(page, (page_slot + lane % 16) % page_size, ahead.kv_head, errors);
-        }
-        there = __ballot_sync(kFullMask, from >= 0) & 0xffffu;
+        const int slot = (page_slot + lane % 16) % page_size;
+        const bool is_there = is_seen(first_key_ahead() + lane % 16) && cache.is_page(page, errors);
+        const T* const key_of_lane = is_there ? keys + cache.key_row(page, slot, ahead.kv_head) : keys;
+        const T* const value_of_lane =
+            is_there ? values + cache.value_row(page, slot, ahead.kv_head) : values;
+        there = __ballot_sync(kFullMask, is_there) & 0xffffu;
 #pragma unroll 2
         for (int i = 0; i < 16; i += kRowsAtOnce) {
-          const long long from_row = __shfl_sync(kFullMask, from, row + i);
+          const auto of_row = [&](const T* of_lane) {
+            return reinterpret_cast<const T*>(
+                __shfl_sync(kFullMask, reinterpret_cast<long long>(of_lane), row + i));
+          };
+          const T* const key = of_row(key_of_lane);
+          const T* const value = of_row(value_of_lane);
 #pragma unroll
           for (int c = 0; c < kHeadDim; c += kLanes * kStep) {
-            const bool live = from_row >= 0 && col + c < head_dim;
-            const T* const key = live ? blocks + from_row + col + c : blocks;
-            cp_async_16(keys.at(row + i, col + c), key, live ? 16 : 0);
-            cp_async_16(values.at(row + i, col + c), live ? key + value_offset : blocks, live ? 16 : 0);
+            const bool live = (there >> (row + i) & 1) != 0 && col + c < head_dim;
+            cp_async_16(k_tile.at(row + i, col + c), live ? key + col + c : keys, live ? 16 : 0);
+            cp_async_16(v_tile.at(row + i, col + c), live ? value + col + c : values, live ? 16 : 0);
           }
         }
       }

@@ -19,20 +19,23 @@ constexpr int kThreads = 256;
 
 // Grid ceil(total_tokens * (n_heads + n_kv_heads) * head_dim / (2 * kPairs) / 256).
 template <typename T, int kPairs, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads)
-    rope_ragged_kernel(const T* __restrict__ q,  // [total_tokens, n_heads, head_dim], rows q_stride apart
-                       T* __restrict__ out,      // [total_tokens, n_heads, head_dim]
-                       const float* __restrict__ freqs_cis,  // [num_positions, rotary_dim], (cos, sin) pairs
-                       const int* __restrict__ row_offsets,  // [batch_size + 1]
-                       T* __restrict__ blocks,  // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
-                       const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
-                       const unsigned* __restrict__ cache_lengths,  // [batch_size]
-                       unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride,
-                       int num_positions, int rotary_dim, bool rotate_last, int num_pages, int max_pages,
-                       int num_layers, int layer_idx, int page_size, int n_kv_heads, int head_dim) {
+__global__ void __launch_bounds__(kThreads) rope_ragged_kernel(
+    const T* __restrict__ q,              // [total_tokens, n_heads, head_dim], rows q_stride apart
+    T* __restrict__ out,                  // [total_tokens, n_heads, head_dim]
+    const float* __restrict__ freqs_cis,  // [num_positions, rotary_dim], (cos, sin) pairs
+    const int* __restrict__ row_offsets,  // [batch_size + 1]
+    T* __restrict__ keys,    // [num_pages, page_size, n_kv_heads, head_dim], strides k_page, k_token, k_head
+    T* __restrict__ values,  // the same, strides v_page, v_token, v_head
+    const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
+    const unsigned* __restrict__ cache_lengths,  // [batch_size]
+    unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride, int num_positions,
+    int rotary_dim, bool rotate_last, int num_pages, int max_pages, int page_size, long long k_page,
+    long long k_token, long long k_head, long long v_page, long long v_token, long long v_head,
+    int n_kv_heads, int head_dim) {
   constexpr int kElements = 2 * kPairs;
-  const PagedKV<T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
-                         num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+  const PagedKV<T> cache{keys,      values,    lookup_table, cache_lengths, num_pages,
+                         max_pages, page_size, k_page,       k_token,       k_head,
+                         v_page,    v_token,   v_head,       n_kv_heads,    head_dim};
 
   // Which token, which head, which part of it.
   check_offsets(row_offsets, batch_size, total_tokens, errors);
@@ -56,9 +59,9 @@ __global__ void __launch_bounds__(kThreads)
     from = q + token * q_stride + static_cast<long long>(head) * head_dim;
     to = out + (token * n_heads + head) * head_dim;
   } else {
-    const long long start = cache.key_offset(sequence, position, head - n_heads, errors);
-    if (start < 0) return;
-    from = to = blocks + start;
+    const CacheSlot at = cache.slot_of(sequence, position);
+    if (!cache.is_page(at.page, errors)) return;
+    from = to = keys + cache.key_row(at.page, at.slot, head - n_heads);
   }
 
   // Rotate it, or copy it.

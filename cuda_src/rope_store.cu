@@ -2,9 +2,9 @@
 // token t of sequence b at position p = cache_lengths[b] + t - row_offsets[b], page = lookup_table[b, p /
 // page_size], slot = p % page_size:
 //
-//   out[t, h, :]                            = rotated by p   q[t, h, :]
-//   blocks[page, 0, layer, slot, h, :]      = rotated by p   k[t, h, :]
-//   blocks[page, 1, layer, slot, h, :]      =                v[t, h, :]
+//   out[t, h, :]              = rotated by p   q[t, h, :]
+//   keys[page, slot, h, :]    = rotated by p   k[t, h, :]
+//   values[page, slot, h, :]  =                v[t, h, :]
 //
 // What store_kv and then rope_ragged give, bit for bit: common/rope.cuh is the rotation of both. Rows past the
 // last offset have no position: queries are copied, keys and values are not stored. Rounds once, at the store.
@@ -60,22 +60,24 @@ __device__ inline Place place_of(long long token, const int* row_offsets, const 
 // 16 is x / head_threads, sooner. Grid (total_tokens, y, z), so that y * z blocks have all heads.
 template <typename T, int kPairs, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kPairs>) rope_store_kv_kernel(
-    const T* __restrict__ q,                    // [total_tokens, n_heads, head_dim], rows q_stride apart
-    const T* __restrict__ k,                    // [total_tokens, n_kv_heads, head_dim], k_stride apart
-    const T* __restrict__ v,                    // [total_tokens, n_kv_heads, head_dim], v_stride apart
-    T* __restrict__ out,                        // [total_tokens, n_heads, head_dim]
-    const float* __restrict__ freqs_cis,        // [num_positions, rotary_dim], (cos, sin) pairs
-    const int* __restrict__ row_offsets,        // [batch_size + 1]
-    T* __restrict__ blocks,                     // [num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]
-    const unsigned* __restrict__ lookup_table,  // [batch_size, max_pages]
+    const T* __restrict__ q,              // [total_tokens, n_heads, head_dim], rows q_stride apart
+    const T* __restrict__ k,              // [total_tokens, n_kv_heads, head_dim], k_stride apart
+    const T* __restrict__ v,              // [total_tokens, n_kv_heads, head_dim], v_stride apart
+    T* __restrict__ out,                  // [total_tokens, n_heads, head_dim]
+    const float* __restrict__ freqs_cis,  // [num_positions, rotary_dim], (cos, sin) pairs
+    const int* __restrict__ row_offsets,  // [batch_size + 1]
+    T* __restrict__ keys,    // [num_pages, page_size, n_kv_heads, head_dim], strides k_page, k_token, k_head
+    T* __restrict__ values,  // the same, strides v_page, v_token, v_head
+    const unsigned* __restrict__ lookup_table,   // [batch_size, max_pages]
     const unsigned* __restrict__ cache_lengths,  // [batch_size]
     unsigned* errors, int total_tokens, int batch_size, int n_heads, long long q_stride, long long k_stride,
     long long v_stride, int num_positions, int rotary_dim, bool rotate_last, int passes, int reciprocal,
-    int num_pages, int max_pages, int num_layers, int layer_idx, int page_size, int n_kv_heads,
-    int head_dim) {
+    int num_pages, int max_pages, int page_size, long long k_page, long long k_token, long long k_head,
+    long long v_page, long long v_token, long long v_head, int n_kv_heads, int head_dim) {
   constexpr int kElements = 2 * kPairs;
-  const PagedKV<T> cache{blocks,     lookup_table, cache_lengths, num_pages,  max_pages,
-                         num_layers, layer_idx,    page_size,     n_kv_heads, head_dim};
+  const PagedKV<T> cache{keys,      values,    lookup_table, cache_lengths, num_pages,
+                         max_pages, page_size, k_page,       k_token,       k_head,
+                         v_page,    v_token,   v_head,       n_kv_heads,    head_dim};
 
   // Which token, which heads, which part of them.
   const long long token = blockIdx.x;
@@ -114,21 +116,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kPairs>) rope_store_kv_ke
     angles[0].load(row + part.first_angles);
     angles[1].load(row + part.second_angles);
   }
-  long long key = -1;  // the element where the token's keys start
-  if (placed && end_head > end_queries) key = cache.key_offset(place.sequence, place.position, 0, errors);
+  bool is_stored = false;
+  CacheSlot at{};
+  if (placed && end_head > end_queries) {
+    at = cache.slot_of(place.sequence, place.position);
+    is_stored = cache.is_page(at.page, errors);
+  }
 
   // Rotate and store.
   T* out_row = out + token * n_heads * head_dim;
-  T* key_row = blocks + key - static_cast<long long>(end_queries) * head_dim;
-  T* value_row = blocks + key + cache.value_offset() - static_cast<long long>(end_keys) * head_dim;
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const long long head = first_head + i * pass_heads + in_pass;
-    const bool stored = head < end_queries || key >= 0;
-    if (!stored || in_pass >= pass_heads || head >= end_head) continue;
+    if ((head >= end_queries && !is_stored) || in_pass >= pass_heads || head >= end_head) continue;
     if (rotates && head < end_keys) rotate<kPairs, kInterleaved>(first[i], second[i], angles);
-    T* to = head < end_queries ? out_row : head < end_keys ? key_row : value_row;
-    to += head * head_dim;
+    const int kv_head = static_cast<int>(head) - (head < end_keys ? end_queries : end_keys);
+    T* to = head < end_queries ? out_row + head * head_dim
+            : head < end_keys  ? keys + cache.key_row(at.page, at.slot, kv_head)
+                               : values + cache.value_row(at.page, at.slot, kv_head);
     first[i].store(to + part.first);
     second[i].store(to + part.second);
   }

@@ -8,7 +8,7 @@ Nothing is repaired: no cast, copy or clamp.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,32 @@ def check_aligned_rows(**arrays: Any) -> None:
             _check_aligned(name, array, (address_of(array), array.strides[0]))
 
 
+def check_cache_rows(**arrays: Any) -> None:
+    """Rows of each array, along its last axis, lie together and apart from each other, else `ValueError`.
+
+    They start at multiples of 16 bytes. Along one axis they lie further apart than all rows along the axes
+    of smaller strides reach, as in every layout whose axes are nested, in any order.
+    """
+    for name, array in arrays.items():
+        if not array.size:
+            continue
+        if array.strides[-1] != array.dtype.itemsize:
+            raise ValueError(
+                f"{name} must be contiguous along head_dim, got strides {tuple(array.strides)}"
+            )
+        pairs = zip(array.strides[:-1], array.shape[:-1], strict=True)
+        axes = sorted((stride, size) for stride, size in pairs if size > 1)
+        _check_aligned(name, array, (address_of(array), *(stride for stride, _ in axes)))
+        reach = array.shape[-1] * array.dtype.itemsize
+        for stride, size in axes:
+            if stride < reach:
+                raise ValueError(
+                    f"{name} must have rows that do not overlap, in ascending order, got strides "
+                    f"{tuple(array.strides)}"
+                )
+            reach += stride * (size - 1)
+
+
 def check_disjoint(name: str, a: Any, b: Any) -> None:
     """No element of one array is one of the other's, else `ValueError`."""
     memory_a, memory_b = np.asarray(_Memory(a)), np.asarray(_Memory(b))
@@ -194,7 +220,42 @@ def check_ranks(name: str, ranks: Any) -> None:
         raise ValueError(f"{name} must not be negative, got {int(ranks.min())}")
 
 
-def check_pages(kv_collection: Any, input_row_offsets: Any, *, batch_offset: int = 0) -> None:
+def cache_arrays(
+    kv_collection: Any, layer_idx: int, page: str = "page_size n_kv_heads head_dim"
+) -> dict[str, tuple[Any, str]]:
+    """What holds a layer of a paged cache: arrays and their axes, by the names that messages give them.
+
+    All layers in ``blocks``, or the layer's own keys and values, which must be there; `page` names the axes
+    of a page.
+    """
+    if hasattr(kv_collection, "blocks"):
+        return {"blocks": (kv_collection.blocks, f"num_pages 2 num_layers {page}")}
+    parts = {"keys": kv_collection.keys, "values": kv_collection.values}
+    for name, arrays in parts.items():
+        if not isinstance(arrays, Sequence):
+            raise TypeError(
+                f"{name} must be a sequence with an array for each layer, got {type(arrays).__name__}"
+            )
+    if len(parts["keys"]) != len(parts["values"]):
+        raise ValueError(
+            f"values must have an array for each of {len(parts['keys'])} layers, as keys, got "
+            f"{len(parts['values'])}"
+        )
+    check_layer_idx(layer_idx, len(parts["keys"]))
+    return {
+        f"{name}[{layer_idx}]": (arrays[layer_idx], f"num_pages {page}")
+        for name, arrays in parts.items()
+    }
+
+
+def check_pages(
+    kv_collection: Any,
+    input_row_offsets: Any,
+    *,
+    num_pages: int,
+    page_size: int,
+    batch_offset: int = 0,
+) -> None:
     """Every position of this step has a page inside the cache, as far as the host can see the arrays."""
     cached = kv_collection.cache_lengths
     if jit.is_host(cached) and cached.size and int(cached.min()) < 0:
@@ -202,7 +263,6 @@ def check_pages(kv_collection: Any, input_row_offsets: Any, *, batch_offset: int
     arrays = (cached, kv_collection.lookup_table, input_row_offsets)
     if not all(jit.is_host(array) for array in arrays):
         return
-    num_pages, page_size = kv_collection.blocks.shape[0], kv_collection.blocks.shape[3]
     new = np.diff(input_row_offsets.astype(np.int64))
     lengths = cached.astype(np.int64)[batch_offset : batch_offset + len(new)] + new
     table = kv_collection.lookup_table[batch_offset : batch_offset + len(new)].astype(np.int64)

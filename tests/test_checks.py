@@ -221,32 +221,35 @@ def test_ids_and_ranks() -> None:
 
 
 def collection(lengths: list[int], table: list[list[int]]) -> Any:
-    """A cache of 5 pages of 4 tokens."""
     return SimpleNamespace(
-        blocks=zeros(5, 2, 1, 4, 1, 8),
         cache_lengths=np.array(lengths, np.uint32),
         lookup_table=np.array(table, np.uint32).reshape(len(lengths), -1),
     )
 
 
+def check_pages(cache: Any, row_offsets: Any, batch_offset: int = 0) -> None:
+    """Of 5 pages of 4 tokens."""
+    checks.check_pages(cache, row_offsets, num_pages=5, page_size=4, batch_offset=batch_offset)
+
+
 def test_pages() -> None:
     """What lies past a sequence's length is not looked at."""
-    checks.check_pages(collection([3, 0], [[4, 99], [99, 99]]), offsets(0, 1, 1))
-    checks.check_pages(collection([9, 3], [[99, 99], [0, 4]]), offsets(2, 7), batch_offset=1)
+    check_pages(collection([3, 0], [[4, 99], [99, 99]]), offsets(0, 1, 1))
+    check_pages(collection([9, 3], [[99, 99], [0, 4]]), offsets(2, 7), batch_offset=1)
     refused(
         ValueError,
         "lookup_table must have 3 pages for the 9 tokens of sequence 1, got 2",
-        lambda: checks.check_pages(collection([0, 8], [[0, 1], [2, 3]]), offsets(0, 1, 2)),
+        lambda: check_pages(collection([0, 8], [[0, 1], [2, 3]]), offsets(0, 1, 2)),
     )
     refused(
         ValueError,
         "lookup_table must hold pages in [0, 5) for the 5 tokens of sequence 0, got 5",
-        lambda: checks.check_pages(collection([4], [[0, 5]]), offsets(0, 1)),
+        lambda: check_pages(collection([4], [[0, 5]]), offsets(0, 1)),
     )
     refused(
         ValueError,
         "lookup_table must hold pages in [0, 5) for the 4 tokens of sequence 1, got 7",
-        lambda: checks.check_pages(collection([0, 3], [[0], [7]]), offsets(4, 5), batch_offset=1),
+        lambda: check_pages(collection([0, 3], [[0], [7]]), offsets(4, 5), batch_offset=1),
     )
 
 
@@ -284,6 +287,6 @@ def test_device_values_are_not_read(kernels: KernelDevice) -> None:
     checks.check_ranks("lora_ranks", kernels.asarray(np.array([-1], np.int32)))
     cache = collection([99], [[99]])
     cache.lookup_table = kernels.asarray(cache.lookup_table)
-    checks.check_pages(cache, offsets(0, 1))
+    check_pages(cache, offsets(0, 1))
     cache.cache_lengths = kernels.asarray(cache.cache_lengths)
     checks.check_positions(zeros(1, 8), cache, offsets(0, 1))

@@ -128,18 +128,18 @@ PLANTS = (
     Plant(
         "a page's tail, loaded",
         "attention.cu",
-        "key < num_keys ?",
+        "key < num_keys)",
         "key >= begin_key && key < num_keys -> key >= begin_key",
         ATTENTION,
     ),
     Plant(
         "a key after its token, scored",
         "attention.cu",
-        "key_offsets[buffer * kBlockN + n] >= 0",
+        "slots[buffer * kBlockN + n].slot >= 0",
         "key >= first_keys[j / 2] && key < end_keys[j / 2] -> key >= first_keys[j / 2]",
         ATTENTION,
     ),
-    Plant("a NaN of the next slot", "attention.cu", "key < num_keys ?", "< -> <=", ATTENTION),
+    Plant("a NaN of the next slot", "attention.cu", "key < num_keys)", "< -> <=", ATTENTION),
 )
 # Rows, columns and keys that are not there are zeros in shared memory; here they are whatever it held.
 PLANTS += (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakit import ops
+from lorakit import ops, testing
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = (REPOSITORY / "README.md").read_text()
@@ -21,7 +21,7 @@ def code(language: str) -> list[str]:
 
 
 def test_example_runs() -> None:
-    (example,) = code("python")
+    example, _ = code("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 16
     names: dict[str, Any] = {}
     exec(example, names)
@@ -34,6 +34,38 @@ def test_example_runs() -> None:
     parts = (x[:5], x[5:6], x[6:])
     expected = np.concatenate([part @ w.T for part, w in zip(parts, weights, strict=True)])
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_cache_of_another_library() -> None:
+    rng = np.random.default_rng(0)
+    own = testing.paged_cache(
+        (3, 0, 11),
+        (2, 18, 1),
+        page_size=5,
+        n_kv_heads=2,
+        head_dim=8,
+        dtype=np.float32,
+        rng=rng,
+        num_layers=2,
+        layer_idx=1,
+    )
+    pages = (1, 4, 3)
+    used = [own.lookup_table[b, :count] for b, count in enumerate(pages)]
+    names: dict[str, Any] = {
+        "kv_caches": [own.blocks[:, :, layer].copy() for layer in range(2)],
+        "page_size": 5,
+        "qo_indptr": np.array([0, 2, 20, 21], np.int32),
+        "kv_indptr": np.array([0, 1, 5, 8], np.int32),
+        "kv_indices": np.concatenate(used).astype(np.int32),
+        "kv_last_page_len": np.array([5, 3, 2], np.int32),
+    }
+    exec(code("python")[1], names)
+    q = rng.standard_normal((21, 4, 8), np.float32)
+    out, expected = (
+        ops.attention_ragged(q, names["qo_indptr"], cache, 1) for cache in (names["cache"], own)
+    )
+    assert out.tobytes() == expected.tobytes()
+    assert np.abs(out).max() > 0
 
 
 def test_commands() -> None:

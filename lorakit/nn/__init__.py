@@ -5,7 +5,12 @@ from lorakit.nn.attention_lora import AttentionWithRopeAndLoRA
 from lorakit.nn.device import DeviceKind, DeviceRef
 from lorakit.nn.dtype import DType
 from lorakit.nn.interfaces import SupportsLoRA
-from lorakit.nn.kv_cache import KVCacheParams, KVCacheStrategy, PagedKVCacheCollection
+from lorakit.nn.kv_cache import (
+    KVCacheParams,
+    KVCacheStrategy,
+    PagedKVCacheCollection,
+    PagedKVCacheLayers,
+)
 from lorakit.nn.kv_manager import OutOfPagesError, PagedKVCacheManager
 from lorakit.nn.linear import Linear
 from lorakit.nn.linear_lora import LinearLoRA
@@ -40,6 +45,7 @@ __all__ = [
     "Module",
     "OutOfPagesError",
     "PagedKVCacheCollection",
+    "PagedKVCacheLayers",
     "PagedKVCacheManager",
     "RotaryEmbedding",
     "SupportsLoRA",

@@ -19,7 +19,7 @@ from lorakit.nn.arrays import (
 from lorakit.nn.attention_step import AttentionStep
 from lorakit.nn.device import DeviceRef, single_device
 from lorakit.nn.dtype import DType
-from lorakit.nn.kv_cache import KVCacheParams, KVCacheStrategy, PagedKVCacheCollection
+from lorakit.nn.kv_cache import KVCacheParams, KVCacheStrategy, KVCollection
 from lorakit.nn.linear import Linear, check_clip, clipped, refuse
 from lorakit.nn.module import Module, NamedWeight
 from lorakit.nn.rotary_embedding import RotaryEmbedding
@@ -172,7 +172,7 @@ class AttentionWithRope(Module):
         self,
         layer_idx: HostInteger,
         x: Array,
-        kv_collection: PagedKVCacheCollection,
+        kv_collection: KVCollection,
         freqs_cis: Array,
         input_row_offsets: Array,
     ) -> Array:
@@ -184,7 +184,8 @@ class AttentionWithRope(Module):
         Args:
             layer_idx: Which layer of the cache; an integer on the host.
             x: ``[total_tokens, hidden_size]``, C-contiguous, of the layer's dtype.
-            kv_collection: The cache, with pages for this step.
+            kv_collection: The cache, a `PagedKVCacheCollection` or `PagedKVCacheLayers`, with pages
+                for this step.
             freqs_cis: ``[positions, rotary_dim]`` float32, as `RotaryEmbedding.freqs_cis`.
             input_row_offsets: ``[batch_size + 1]`` uint32 or int32, from 0 to total_tokens.
 

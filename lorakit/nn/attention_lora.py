@@ -14,7 +14,7 @@ from lorakit.nn.attention_step import AttentionStep
 from lorakit.nn.batch_info import BatchInfo
 from lorakit.nn.device import DeviceRef
 from lorakit.nn.dtype import DType
-from lorakit.nn.kv_cache import KVCacheParams, PagedKVCacheCollection
+from lorakit.nn.kv_cache import KVCacheParams, KVCollection
 from lorakit.nn.linear import Linear
 from lorakit.nn.linear_lora import LinearLoRA
 from lorakit.nn.rotary_embedding import RotaryEmbedding
@@ -132,7 +132,7 @@ class AttentionWithRopeAndLoRA(AttentionWithRope):
     def fused_qkv_lora(
         self,
         x: Array,
-        kv_collection: PagedKVCacheCollection,
+        kv_collection: KVCollection,
         input_row_offsets: Array,
         layer_idx: HostInteger,
     ) -> Array:

@@ -1,9 +1,11 @@
-"""The paged key and value cache: its parameters and its four arrays."""
+"""The paged key and value cache: its parameters, and its arrays in either of two forms."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ class KVCacheStrategy(enum.Enum):
     PAGED = "paged"
 
     def uses_opaque(self) -> bool:
-        """True, as in MAX: layers take a `PagedKVCacheCollection`."""
+        """True, as in MAX: layers take a collection of the cache's arrays."""
         return True
 
     def kernel_substring(self) -> str:
@@ -111,10 +113,62 @@ class PagedKVCacheCollection:
             -> page. Entries past a sequence's length are never read; the manager puts ``num_pages``
             there.
         max_lengths: ``[num_steps, 2]`` uint32 on the host: most new tokens of any sequence, most
-            tokens after the step. Kept for MAX's callers; lorakit does not read it.
+            tokens after the step. Attention reads the first, a bound on the new tokens.
     """
 
     blocks: Array
     cache_lengths: Array
     lookup_table: Array
     max_lengths: NDArray[np.uint32]
+
+    def layer(self, layer_idx: int) -> tuple[Array, Array]:
+        """Keys and values of a layer, views ``[num_pages, page_size, n_kv_heads, head_dim]``."""
+        return self.blocks[:, 0, layer_idx], self.blocks[:, 1, layer_idx]
+
+
+@dataclass
+class PagedKVCacheLayers:
+    """As `PagedKVCacheCollection`, but with arrays of keys and of values for each layer, in any layout.
+
+    It goes wherever a `PagedKVCacheCollection` does. Sequence ``b``, layer ``l``, token ``t``::
+
+        page = lookup_table[b, t // page_size]
+        key = keys[l][page, t % page_size]
+        value = values[l][page, t % page_size]
+
+    So that the cache of another library is used as it is, in place, these may be views with any
+    strides, and with others for keys than for values::
+
+        kv[0], kv[1]                          # kv [2, pages, page_size, heads, head_dim] (vLLM)
+        kv[:, 0], kv[:, 1]                    # kv [pages, 2, page_size, heads, head_dim] (NHD)
+        k.swapaxes(1, 2), v.swapaxes(1, 2)    # k, v [pages, heads, page_size, head_dim] (HND)
+
+    The ``head_dim`` elements of a row lie together and start at a multiple of 16 bytes. No two rows
+    overlap, and all strides are positive: along one axis rows lie further apart than all those of
+    the axes within it reach. Ops refuse other arrays, and keys that overlap values (`ValueError`).
+    That layers do not overlap each other is the caller's part.
+
+    Attributes:
+        keys: For each layer ``[num_pages, page_size, n_kv_heads, head_dim]``, float32, float16 or
+            bfloat16; written in place.
+        values: For each layer an array of the shape and dtype of its keys; written in place.
+        cache_lengths: ``[batch_size]`` uint32 or int32, tokens cached *before* this step.
+        lookup_table: ``[batch_size, max_pages]`` uint32 or int32, (sequence, page of the sequence)
+            -> page; C-contiguous. Entries past a sequence's length are never read.
+        max_lengths: ``[num_steps, 2]`` uint32 on the host: most new tokens of any sequence, most
+            tokens after the step. Attention reads the first, a bound on the new tokens.
+    """
+
+    keys: Sequence[Array]
+    values: Sequence[Array]
+    cache_lengths: Array
+    lookup_table: Array
+    max_lengths: NDArray[np.uint32]
+
+    def layer(self, layer_idx: int) -> tuple[Array, Array]:
+        """Keys and values of a layer."""
+        return self.keys[layer_idx], self.values[layer_idx]
+
+
+# What layers and ops take.
+KVCollection: TypeAlias = "PagedKVCacheCollection | PagedKVCacheLayers"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lorakit import checks, jit
+from lorakit.dtypes import STORAGE
 from lorakit.jit import Backend
 
 
@@ -56,24 +57,26 @@ def check_cache(
     rows: int,
     batch_offset: int = 0,
     **arrays: tuple[Any, str],
-) -> dict[str, int]:
-    """Shapes, dtypes and layout of a paged cache and the arrays of this step; returns the sizes.
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Shapes of a paged cache and the arrays of this step; dtype, place and layout of the cache.
 
-    The axes of the cache are ``num_pages num_layers page_size n_kv_heads head_dim``; `arrays` may name
-    them too. Host-visible offsets and pages are checked by value.
+    The axes of the cache are ``num_pages page_size n_kv_heads head_dim``; `arrays` may name them too.
+    Host-visible offsets and pages are checked by value.
+
+    Returns:
+        The sizes, and the arrays that hold the layer by the names that messages give them.
     """
     if not hasattr(kv_collection, "lookup_table"):
         raise TypeError(
-            f"kv_collection must be a PagedKVCacheCollection, got {type(kv_collection).__name__}"
+            "kv_collection must be a PagedKVCacheCollection or PagedKVCacheLayers, got "
+            f"{type(kv_collection).__name__}"
         )
     if isinstance(batch_offset, bool) or not isinstance(batch_offset, (int, np.integer)):
         raise TypeError(f"batch_offset must be an integer, got {type(batch_offset).__name__}")
+    named = checks.cache_arrays(kv_collection, layer_idx)
     sizes = checks.check_shapes(
         **arrays,
-        blocks=(
-            kv_collection.blocks,
-            "num_pages 2 num_layers page_size n_kv_heads head_dim",
-        ),
+        **named,
         cache_lengths=(kv_collection.cache_lengths, "cached_sequences"),
         lookup_table=(kv_collection.lookup_table, "cached_sequences max_pages"),
         input_row_offsets=(input_row_offsets, "batch_size+1"),
@@ -85,6 +88,11 @@ def check_cache(
             f"input_row_offsets has {sizes['batch_size']} sequences from batch_offset = {batch_offset} "
             f"on, but cache_lengths has {sizes['cached_sequences']}"
         )
+    cache = {name: array for name, (array, _) in named.items()}
+    first = next(iter(cache.values()))
+    checks.check_same_place(**cache)
+    checks.check_dtype(STORAGE, **cache)
+    checks.check_dtype((first.dtype,), **cache)
     checks.check_head_dim(sizes["head_dim"])
     if sizes["page_size"] < 1:
         raise ValueError(f"page_size must be at least 1, got {sizes['page_size']}")
@@ -95,14 +103,24 @@ def check_cache(
     }
     checks.check_dtype(checks.OFFSET_DTYPES, **metadata)
     checks.check_vectors(**metadata)
-    check_metadata_place(kv_collection.blocks, **metadata)
-    checks.check_contiguous(blocks=kv_collection.blocks)
-    checks.check_layer_idx(layer_idx, sizes["num_layers"])
+    check_metadata_place(first, **metadata)
+    if "blocks" in cache:
+        checks.check_contiguous(**cache)
+        checks.check_layer_idx(layer_idx, sizes["num_layers"])
+    else:
+        checks.check_cache_rows(**cache)
+        checks.check_disjoint(" and ".join(cache), *cache.values())
     checks.check_offsets(
         "input_row_offsets", input_row_offsets, rows, exact=True, start=batch_offset == 0
     )
-    checks.check_pages(kv_collection, input_row_offsets, batch_offset=batch_offset)
-    return sizes
+    checks.check_pages(
+        kv_collection,
+        input_row_offsets,
+        num_pages=sizes["num_pages"],
+        page_size=sizes["page_size"],
+        batch_offset=batch_offset,
+    )
+    return sizes, cache
 
 
 def check_metadata_place(arrays_of: Any, **metadata: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from lorakit import checks, jit, reference, tiles
-from lorakit.dtypes import STORAGE
 from lorakit.ops._metadata import check_cache, signed
 from lorakit.ops.kv_cache import cache_arguments, cache_sizes
 
@@ -52,8 +51,8 @@ def attention_ragged(
     Args:
         q: ``[total_tokens, n_heads, head_dim]`` in the cache's dtype; rows may lie apart.
         input_row_offsets: ``[batch_size + 1]`` uint32 or int32.
-        kv_collection: The paged cache; keys and values of this step must have been stored. Its
-            ``max_lengths[0, 0]`` is a bound on the new tokens of a sequence, in any replay of a
+        kv_collection: The paged cache, as in `store_kv`; keys and values of this step must have been
+            stored. Its ``max_lengths[0, 0]`` is a bound on the new tokens of a sequence, in any replay of a
             graph; it decides which kernels are launched.
         layer_idx: The layer of the cache.
         scale: Multiplies the scores; None means ``head_dim ** -0.5``.
@@ -74,16 +73,15 @@ def attention_ragged(
         ValueError, TypeError: Naming the argument.
     """
     rows = q.shape[0] if getattr(q, "shape", None) else 0
-    sizes = check_cache(
+    sizes, cache = check_cache(
         kv_collection,
         input_row_offsets,
         layer_idx,
         rows=rows,
         q=(q, "total_tokens n_heads head_dim"),
     )
-    blocks, n_heads, n_kv_heads = kv_collection.blocks, sizes["n_heads"], sizes["n_kv_heads"]
-    checks.check_dtype(STORAGE, blocks=blocks)
-    checks.check_dtype((blocks.dtype,), q=q)
+    n_heads, n_kv_heads = sizes["n_heads"], sizes["n_kv_heads"]
+    checks.check_dtype((kv_collection.layer(layer_idx)[0].dtype,), q=q)
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(
             f"q must have a multiple of n_kv_heads = {n_kv_heads} heads, got {n_heads}"
@@ -96,7 +94,7 @@ def attention_ragged(
     most_tokens = checks.check_max_lengths(kv_collection, input_row_offsets)
     left, right = checks.check_window(window)
     soft_cap = checks.check_soft_cap(soft_cap)
-    checks.check_same_place(blocks=blocks, q=q)
+    checks.check_same_place(**cache, q=q)
     if sinks is not None:
         checks.check_sinks(sinks, n_heads, q.dtype)
         checks.check_same_place(q=q, sinks=sinks)
@@ -120,7 +118,10 @@ def attention_ragged(
     if q.size == 0:
         return (out, lse) if return_lse else out
 
-    where = [signed(backend, input_row_offsets), *cache_arguments(backend, kv_collection)]
+    where = [
+        signed(backend, input_row_offsets),
+        *cache_arguments(backend, kv_collection, layer_idx),
+    ]
     sizes_of = [rows, sizes["batch_size"], n_heads, np.int64(q.strides[0] // q.dtype.itemsize)]
     sizes_of += [float(sizes["head_dim"] ** -0.5 if scale is None else scale)]
     sizes_of += [
@@ -130,23 +131,23 @@ def attention_ragged(
     ]
     in_float32 = sinks is None or sinks.dtype == np.float32
     where += [sinks if in_float32 else None, None if in_float32 else sinks]
-    cache = cache_sizes(kv_collection, layer_idx)
-    _decode(backend, [q, out, lse, *where], sizes_of, cache, most_tokens)
+    layer = cache_sizes(kv_collection, layer_idx)
+    _decode(backend, [q, out, lse, *where], sizes_of, layer, most_tokens)
     has_many_rows = most_tokens > 1 and most_tokens * group > _FEW_ROWS
     if has_many_rows or not tiles.attention_decodes(q.dtype, sizes["head_dim"]):
         tile = tiles.attention_ragged(q.dtype, sizes["head_dim"])
         grid = (rows * group // tiles.attention_block_m(tile) + sizes["batch_size"] + 1, n_kv_heads)
-        backend.launch(tile, grid, [q, out, lse, *where, backend.error_word(), *sizes_of, *cache])
+        backend.launch(tile, grid, [q, out, lse, *where, backend.error_word(), *sizes_of, *layer])
     return (out, lse) if return_lse else out
 
 
 def _decode(
-    backend: jit.Backend, arrays: list[Any], sizes: list[Any], cache: list[int], most_tokens: int
+    backend: jit.Backend, arrays: list[Any], sizes: list[Any], layer: list[Any], most_tokens: int
 ) -> None:
     """The sequences with few rows, and the rows past the last offset."""
     q, out, lse = arrays[:3]
     batch_size, n_heads = sizes[1:3]
-    max_pages, page_size, n_kv_heads, head_dim = cache[1], *cache[4:]
+    max_pages, page_size, n_kv_heads, head_dim = *layer[1:3], *layer[-2:]
     group = n_heads // n_kv_heads
     most_rows = min(most_tokens * group, max(_FEW_ROWS, group))
     tile = tiles.attention_decode(q.dtype, head_dim, most_rows)
@@ -170,7 +171,7 @@ def _decode(
     backend.launch(
         tile,
         (blocks,),
-        [*arrays, backend.error_word(), states, splits, *sizes, *work, *cache],
+        [*arrays, backend.error_word(), states, splits, *sizes, *work, *layer],
     )
     backend.launch(
         merge,

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from lorakit import checks, jit, reference, tiles
-from lorakit.dtypes import STORAGE
 from lorakit.ops._metadata import check_cache, signed, unsigned
 
 
@@ -16,31 +15,30 @@ def store_kv(k: Any, v: Any, input_row_offsets: Any, kv_collection: Any, layer_i
 
     For token ``t`` of sequence ``b``, at ``p = cache_lengths[b] + t - input_row_offsets[b]``::
 
-        blocks[lookup_table[b, p // page_size], 0, layer_idx, p % page_size] = k[t]
-        blocks[lookup_table[b, p // page_size], 1, layer_idx, p % page_size] = v[t]
+        keys[lookup_table[b, p // page_size], p % page_size] = k[t]
+        values[lookup_table[b, p // page_size], p % page_size] = v[t]
 
     Args:
         k: ``[total_tokens, n_kv_heads, head_dim]`` in the cache's dtype; rows may lie apart.
         v: Like `k`.
         input_row_offsets: ``[batch_size + 1]`` uint32 or int32.
-        kv_collection: The paged cache (`lorakit.PagedKVCacheCollection`).
+        kv_collection: The paged cache, a `lorakit.PagedKVCacheCollection` or
+            `lorakit.PagedKVCacheLayers`; above, the keys and values of its layer `layer_idx`.
         layer_idx: The layer of the cache.
 
     Raises:
         ValueError, TypeError: Naming the argument; nothing was written.
     """
     sizes = _check(k, v, input_row_offsets, kv_collection, layer_idx, 0)
-    blocks = kv_collection.blocks
-    backend = jit.backend_of(blocks)
+    backend = jit.backend_of(k)
     if sizes["total_tokens"] == 0:
         return
     if backend is None:
         reference.store_kv(k, v, input_row_offsets, kv_collection, layer_idx)
         return
 
-    _launch(
-        backend, tiles.store_kv(blocks.dtype), k, v, input_row_offsets, kv_collection, layer_idx, 0
-    )
+    tile = tiles.store_kv(k.dtype)
+    _launch(backend, tile, k, v, input_row_offsets, kv_collection, layer_idx, 0)
 
 
 def add_kv(
@@ -61,7 +59,7 @@ def add_kv(
         v: Like `k`.
         input_row_offsets: ``[batch_size + 1]`` uint32 or int32, or the offsets of the last sequences of
             the batch only: then row ``i`` is token ``i + input_row_offsets[0]``.
-        kv_collection: The paged cache.
+        kv_collection: The paged cache, as in `store_kv`.
         layer_idx: The layer of the cache.
         batch_offset: The cache's sequence that the first sequence of `input_row_offsets` is.
 
@@ -70,9 +68,8 @@ def add_kv(
     """
     wider = (np.dtype(np.float32),)
     sizes = _check(k, v, input_row_offsets, kv_collection, layer_idx, batch_offset, wider)
-    blocks = kv_collection.blocks
     checks.check_dtype((k.dtype,), v=v)
-    backend = jit.backend_of(blocks)
+    backend = jit.backend_of(k)
     if sizes["total_tokens"] == 0:
         return
     if backend is None:
@@ -81,24 +78,33 @@ def add_kv(
         )
         return
 
-    tile = tiles.add_kv(blocks.dtype, k.dtype)
+    keys, _ = kv_collection.layer(layer_idx)
+    tile = tiles.add_kv(keys.dtype, k.dtype)
     _launch(backend, tile, k, v, input_row_offsets, kv_collection, layer_idx, batch_offset)
 
 
-def cache_arguments(backend: jit.Backend, kv_collection: Any, batch_offset: int = 0) -> list[Any]:
-    """The three arrays of the cache as every kernel takes them."""
+def cache_arguments(
+    backend: jit.Backend, kv_collection: Any, layer_idx: int, batch_offset: int = 0
+) -> list[Any]:
+    """The four arrays of a layer of the cache as every kernel takes them."""
     return [
-        kv_collection.blocks,
+        *kv_collection.layer(layer_idx),
         unsigned(backend, kv_collection.lookup_table)[batch_offset:],
         unsigned(backend, kv_collection.cache_lengths)[batch_offset:],
     ]
 
 
-def cache_sizes(kv_collection: Any, layer_idx: int) -> list[int]:
-    """The sizes of the cache as every kernel takes them, last."""
-    num_pages, _, num_layers, page_size, n_kv_heads, head_dim = kv_collection.blocks.shape
+def cache_sizes(kv_collection: Any, layer_idx: int) -> list[Any]:
+    """Sizes, and strides in elements, of a layer of the cache as every kernel takes them, last."""
+    keys, values = kv_collection.layer(layer_idx)
+    num_pages, page_size, n_kv_heads, head_dim = keys.shape
     max_pages = kv_collection.lookup_table.shape[1]
-    return [num_pages, max_pages, num_layers, int(layer_idx), page_size, n_kv_heads, head_dim]
+    strides = [
+        np.int64(stride // keys.dtype.itemsize)
+        for array in (keys, values)
+        for stride in array.strides[:3]
+    ]
+    return [num_pages, max_pages, page_size, *strides, n_kv_heads, head_dim]
 
 
 def _check(
@@ -113,7 +119,7 @@ def _check(
     """Of k and v in the cache's dtype, or in one of `wider`."""
     axes = "total_tokens n_kv_heads head_dim"
     rows = k.shape[0] if getattr(k, "shape", None) else 0
-    sizes = check_cache(
+    sizes, cache = check_cache(
         kv_collection,
         input_row_offsets,
         layer_idx,
@@ -122,9 +128,9 @@ def _check(
         k=(k, axes),
         v=(v, axes),
     )
-    checks.check_dtype(STORAGE, blocks=kv_collection.blocks)
-    checks.check_dtype((kv_collection.blocks.dtype, *wider), k=k, v=v)
-    checks.check_same_place(blocks=kv_collection.blocks, k=k, v=v)
+    keys, _ = kv_collection.layer(layer_idx)
+    checks.check_dtype((keys.dtype, *wider), k=k, v=v)
+    checks.check_same_place(**cache, k=k, v=v)
     checks.check_aligned_rows(k=k, v=v)
     return sizes
 
@@ -139,7 +145,8 @@ def _launch(
     layer_idx: int,
     batch_offset: int,
 ) -> None:
-    vector = 16 // kv_collection.blocks.dtype.itemsize
+    keys, _ = kv_collection.layer(layer_idx)
+    vector = 16 // keys.dtype.itemsize
     backend.launch(
         tile,
         (-(-k.size // (vector * tile.threads)),),
@@ -147,7 +154,7 @@ def _launch(
             k,
             v,
             signed(backend, input_row_offsets),
-            *cache_arguments(backend, kv_collection, batch_offset),
+            *cache_arguments(backend, kv_collection, layer_idx, batch_offset),
             backend.error_word(),
             k.shape[0],
             input_row_offsets.shape[0] - 1,

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from lorakit import checks, jit, reference, tiles
-from lorakit.dtypes import STORAGE
 from lorakit.ops._metadata import check_cache, signed
 from lorakit.ops.kv_cache import cache_arguments, cache_sizes
 
@@ -33,7 +32,7 @@ def rope_ragged(
     Args:
         q: ``[total_tokens, n_heads, head_dim]`` in the cache's dtype; rows may lie apart.
         input_row_offsets: ``[batch_size + 1]`` uint32 or int32.
-        kv_collection: The paged cache; keys of this step must have been stored.
+        kv_collection: The paged cache, as in `store_kv`; keys of this step must have been stored.
         freqs_cis: ``[positions, rotary_dim]`` float32, rotary_dim even and at most head_dim.
         layer_idx: The layer of the cache.
         interleaved: Pair ``j`` is elements ``(2j, 2j + 1)`` of the rotated part; else ``(j, j +
@@ -75,7 +74,7 @@ def rope_ragged(
             out,
             freqs_cis,
             signed(backend, input_row_offsets),
-            *cache_arguments(backend, kv_collection),
+            *cache_arguments(backend, kv_collection, layer_idx),
             backend.error_word(),
             rows,
             sizes["batch_size"],
@@ -105,9 +104,9 @@ def rope_store_kv(
     """Rotate this step's queries and keys, and write keys and values into their pages, in one launch.
 
     The same bits as `store_kv`, then `rope_ragged`. With ``p`` the position of token ``t`` of
-    sequence ``b``, and ``slot = (lookup_table[b, p // page_size], layer_idx, p % page_size)``::
+    sequence ``b``, and ``slot = (lookup_table[b, p // page_size], p % page_size)``::
 
-        out[t] = rotated q[t],  keys of the cache at slot = rotated k[t],  values there = v[t]
+        out[t] = rotated q[t],  keys of the layer at slot = rotated k[t],  values there = v[t]
 
     Args:
         q: ``[total_tokens, n_heads, head_dim]`` in the cache's dtype; rows may lie apart.
@@ -164,7 +163,7 @@ def rope_store_kv(
             out,
             freqs_cis,
             signed(backend, input_row_offsets),
-            *cache_arguments(backend, kv_collection),
+            *cache_arguments(backend, kv_collection, layer_idx),
             backend.error_word(),
             rows,
             sizes["batch_size"],
@@ -190,7 +189,7 @@ def _check(
 ) -> dict[str, int]:
     """Sizes of a right call; `rows` are q and other arrays in the cache's dtype, each with its axes."""
     q = rows["q"][0]
-    sizes = check_cache(
+    sizes, cache = check_cache(
         kv_collection,
         input_row_offsets,
         layer_idx,
@@ -199,9 +198,8 @@ def _check(
         freqs_cis=(freqs_cis, "positions rotary_dim"),
     )
     arrays = {name: array for name, (array, _) in rows.items()}
-    blocks, rotary_dim, head_dim = kv_collection.blocks, sizes["rotary_dim"], sizes["head_dim"]
-    checks.check_dtype(STORAGE, blocks=blocks)
-    checks.check_dtype((blocks.dtype,), **arrays)
+    rotary_dim, head_dim = sizes["rotary_dim"], sizes["head_dim"]
+    checks.check_dtype((kv_collection.layer(layer_idx)[0].dtype,), **arrays)
     checks.check_dtype((np.float32,), freqs_cis=freqs_cis)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(
@@ -210,7 +208,7 @@ def _check(
         )
     if sizes["positions"] < 1:
         raise ValueError("freqs_cis must have a row for each position, got none")
-    checks.check_same_place(blocks=blocks, **arrays, freqs_cis=freqs_cis)
+    checks.check_same_place(**cache, **arrays, freqs_cis=freqs_cis)
     checks.check_aligned_rows(**arrays)
     checks.check_contiguous(freqs_cis=freqs_cis)
     checks.check_positions(freqs_cis, kv_collection, input_row_offsets)

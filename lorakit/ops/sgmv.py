@@ -250,7 +250,7 @@ def sgmv_qkv_lora(
             ``n_kv_heads * head_dim``.
         lora_ids, lora_ranks, lora_grouped_offsets, route: As in `sgmv_shrink`.
         input_row_offsets: ``[batch_size + 1]``, the rows of each sequence.
-        kv_collection: The paged cache.
+        kv_collection: The paged cache, as in `store_kv`.
         layer_idx: The layer of the cache.
         slot_ranks, bias: Three arrays each (or Nones) as in `sgmv_expand`, or None.
 
@@ -266,10 +266,9 @@ def sgmv_qkv_lora(
     _check_counts("three arrays (q, k, v)", 3, slot_ranks=slot_ranks, bias=bias)
     checks.check_shapes(x=(x, "total_tokens in_dim"))
     rows = x.shape[0]
-    sizes = check_cache(kv_collection, input_row_offsets, layer_idx, rows=rows)
-    blocks = kv_collection.blocks
-    checks.check_same_place(x=x, blocks=blocks)
-    checks.check_dtype((x.dtype,), blocks=blocks)
+    sizes, cache = check_cache(kv_collection, input_row_offsets, layer_idx, rows=rows)
+    checks.check_same_place(x=x, **cache)
+    checks.check_dtype((x.dtype,), **cache)
     kv_shape = (rows, sizes["n_kv_heads"], sizes["head_dim"])
     segments = (lora_ids, lora_ranks, lora_grouped_offsets)
     for i, (part, a, b) in enumerate(zip("qkv", lora_a, lora_b, strict=True)):

@@ -119,8 +119,8 @@ def attention_ragged(
         ``[total_tokens, n_heads]`` float32. Rows that see no key (those past the last offset, or
         whose scores are all -inf) are 0, and their LSE -inf.
     """
-    blocks = kv_collection.blocks
-    n_kv_heads, head_dim = blocks.shape[4:]
+    layer_keys, layer_values = kv_collection.layer(layer_idx)
+    _, page_size, n_kv_heads, head_dim = layer_keys.shape
     scale = head_dim**-0.5 if scale is None else scale
     out = np.zeros(q.shape, q.dtype)
     lse = np.full(q.shape[:2], -np.inf, np.promote_types(q.dtype, np.float32))
@@ -128,10 +128,10 @@ def attention_ragged(
     for b in range(len(input_row_offsets) - 1):
         start, stop = int(input_row_offsets[b]), int(input_row_offsets[b + 1])
         cached = int(kv_collection.cache_lengths[b])
-        pages, slots = places(kv_collection, b, 0, cached + stop - start)
+        pages, slots = places(kv_collection, page_size, b, 0, cached + stop - start)
         # [n_kv_heads, tokens, head_dim]
-        keys = blocks[pages, 0, layer_idx, slots].astype(np.float64).transpose(1, 0, 2)
-        values = blocks[pages, 1, layer_idx, slots].astype(np.float64).transpose(1, 0, 2)
+        keys = layer_keys[pages, slots].astype(np.float64).transpose(1, 0, 2)
+        values = layer_values[pages, slots].astype(np.float64).transpose(1, 0, 2)
 
         for t in range(start, stop):
             seen = visible_keys(cached + t - start, cached + stop - start, causal, window)

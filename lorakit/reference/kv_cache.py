@@ -13,12 +13,8 @@ class KVCache(Protocol):
     """The arrays of a paged cache that an op reads; any object that has them will do.
 
     ``lookup_table[sequence, position // page_size] -> page`` and ``cache_lengths[sequence]`` ->
-    tokens cached before this step. Slots of ``blocks`` that hold no token may hold anything.
+    tokens cached before this step. Slots that hold no token may hold anything.
     """
-
-    @property
-    def blocks(self) -> NDArray[Any]:
-        """``[num_pages, 2, num_layers, page_size, n_kv_heads, head_dim]``: keys 0, values 1."""
 
     @property
     def cache_lengths(self) -> NDArray[Any]:
@@ -28,22 +24,27 @@ class KVCache(Protocol):
     def lookup_table(self) -> NDArray[Any]:
         """``[batch_size, max_pages]`` uint32 or int32."""
 
+    def layer(self, layer_idx: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys and values, views ``[num_pages, page_size, n_kv_heads, head_dim]``, written in place."""
+
 
 def places(
-    kv_collection: KVCache, sequence: int, start: int, stop: int
+    kv_collection: KVCache, page_size: int, sequence: int, start: int, stop: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """``(pages, slots)`` of positions ``start .. stop - 1`` of a sequence.
 
-    ``blocks[pages, 0, layer_idx, slots]`` are then the keys, ``[stop - start, n_kv_heads,
-    head_dim]``, and 1 in place of 0 gives the values.
+    ``keys[pages, slots]`` are then the keys, ``[stop - start, n_kv_heads, head_dim]``.
     """
     positions = np.arange(start, stop)
-    page_size = kv_collection.blocks.shape[3]
     return kv_collection.lookup_table[sequence, positions // page_size], positions % page_size
 
 
 def new_tokens(
-    input_row_offsets: NDArray[Any], kv_collection: KVCache, *, batch_offset: int = 0
+    input_row_offsets: NDArray[Any],
+    kv_collection: KVCache,
+    page_size: int,
+    *,
+    batch_offset: int = 0,
 ) -> Iterator[tuple[slice, NDArray[Any], NDArray[Any]]]:
     """``(rows, pages, slots)`` of this step's tokens, one item for each sequence."""
     for i in range(len(input_row_offsets) - 1):
@@ -51,7 +52,7 @@ def new_tokens(
         cached = int(kv_collection.cache_lengths[i + batch_offset])
         yield (
             slice(start, stop),
-            *places(kv_collection, i + batch_offset, cached, cached + stop - start),
+            *places(kv_collection, page_size, i + batch_offset, cached, cached + stop - start),
         )
 
 
@@ -69,12 +70,13 @@ def store_kv(
     Args:
         k, v: ``[total_tokens, n_kv_heads, head_dim]``, the cache's dtype.
         input_row_offsets: ``[batch_size + 1]``.
-        kv_collection: see :class:`KVCache`; ``blocks`` is written.
+        kv_collection: see :class:`KVCache`; its layer is written.
         layer_idx: layer of the cache.
     """
-    for rows, pages, slots in new_tokens(input_row_offsets, kv_collection):
-        kv_collection.blocks[pages, 0, layer_idx, slots] = k[rows]
-        kv_collection.blocks[pages, 1, layer_idx, slots] = v[rows]
+    keys, values = kv_collection.layer(layer_idx)
+    for rows, pages, slots in new_tokens(input_row_offsets, kv_collection, keys.shape[1]):
+        keys[pages, slots] = k[rows]
+        values[pages, slots] = v[rows]
 
 
 def add_kv(
@@ -95,17 +97,16 @@ def add_kv(
         k, v: ``[total_tokens, n_kv_heads, head_dim]``, the cache's dtype or float32. Row ``i`` is
             token ``i + input_row_offsets[0]`` of the batch.
         input_row_offsets: ``[sequences + 1]``, all offsets of the batch or a tail of them.
-        kv_collection: see :class:`KVCache`; ``blocks`` is added to.
+        kv_collection: see :class:`KVCache`; its layer is added to.
         layer_idx: layer of the cache.
         batch_offset: sequence of the cache that the first offset belongs to.
     """
-    blocks = kv_collection.blocks
-    wide = np.promote_types(blocks.dtype, np.float32)
+    layer = kv_collection.layer(layer_idx)
+    wide = np.promote_types(layer[0].dtype, np.float32)
     first = int(input_row_offsets[0])
     for rows, pages, slots in new_tokens(
-        input_row_offsets, kv_collection, batch_offset=batch_offset
+        input_row_offsets, kv_collection, layer[0].shape[1], batch_offset=batch_offset
     ):
-        for part, delta in enumerate((k, v)):
+        for part, delta in zip(layer, (k, v), strict=True):
             added = delta[rows.start - first : rows.stop - first].astype(wide)
-            old = blocks[pages, part, layer_idx, slots].astype(wide)
-            blocks[pages, part, layer_idx, slots] = (old + added).astype(blocks.dtype)
+            part[pages, slots] = (part[pages, slots].astype(wide) + added).astype(part.dtype)

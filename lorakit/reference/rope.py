@@ -50,7 +50,7 @@ def rope_ragged(
     Args:
         q: ``[total_tokens, n_heads, head_dim]``.
         input_row_offsets: ``[batch_size + 1]``.
-        kv_collection: see :class:`KVCache`; this step's keys in ``blocks`` are rotated.
+        kv_collection: see :class:`KVCache`; this step's keys are rotated.
         freqs_cis: ``[positions, rotary_dim]`` float32, ``cos_0, sin_0, cos_1, sin_1, ...``,
             whatever ``interleaved`` says; ``rotary_dim <= head_dim`` is even.
         layer_idx: layer of the cache.
@@ -62,13 +62,13 @@ def rope_ragged(
         The rotated queries, new and contiguous; rows past the last offset are copied.
     """
     out = q.copy()
-    blocks = kv_collection.blocks
-    for b, (rows, pages, slots) in enumerate(new_tokens(input_row_offsets, kv_collection)):
+    keys, _ = kv_collection.layer(layer_idx)
+    tokens = new_tokens(input_row_offsets, kv_collection, keys.shape[1])
+    for b, (rows, pages, slots) in enumerate(tokens):
         position = int(kv_collection.cache_lengths[b])
         table = freqs_cis[position : position + rows.stop - rows.start]
         out[rows] = rotate(q[rows], table, interleaved, rotate_last)
-        keys = blocks[pages, 0, layer_idx, slots]
-        blocks[pages, 0, layer_idx, slots] = rotate(keys, table, interleaved, rotate_last)
+        keys[pages, slots] = rotate(keys[pages, slots], table, interleaved, rotate_last)
     return out
 
 

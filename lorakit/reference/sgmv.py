@@ -179,7 +179,7 @@ def sgmv_qkv_lora(
             head_dim`` for q, ``n_kv_heads * head_dim`` for k and v.
         lora_ids, lora_ranks, lora_grouped_offsets: as in :func:`sgmv_shrink`.
         input_row_offsets: ``[batch_size + 1]``.
-        kv_collection: see :class:`KVCache`; ``blocks`` is added to.
+        kv_collection: see :class:`KVCache`; its layer is added to.
         layer_idx: layer of the cache.
         slot_ranks: three of ``[max_num_loras]`` or None, or None for all three.
         bias: three of ``[max_num_loras, out_dim]`` or None, or None for all three.
@@ -202,12 +202,13 @@ def sgmv_qkv_lora(
         )
 
     # Read, add and put back, rather than add_kv: adding 0 to a base row would turn -0 into 0.
-    blocks = kv_collection.blocks
-    kv = np.zeros((2, len(x), *blocks.shape[4:]), blocks.dtype)
-    for rows, pages, slots in new_tokens(input_row_offsets, kv_collection):
-        kv[0, rows] = blocks[pages, 0, layer_idx, slots]
-        kv[1, rows] = blocks[pages, 1, layer_idx, slots]
-    flat = kv.reshape(2, len(x), blocks.shape[4] * blocks.shape[5])
+    keys, values = kv_collection.layer(layer_idx)
+    _, page_size, n_kv_heads, head_dim = keys.shape
+    kv = np.zeros((2, len(x), n_kv_heads, head_dim), keys.dtype)
+    for rows, pages, slots in new_tokens(input_row_offsets, kv_collection, page_size):
+        kv[0, rows] = keys[pages, slots]
+        kv[1, rows] = values[pages, slots]
+    flat = kv.reshape(2, len(x), n_kv_heads * head_dim)
     lora(1, flat[0])
     lora(2, flat[1])
     store_kv(kv[0], kv[1], input_row_offsets, kv_collection, layer_idx)

@@ -101,8 +101,8 @@ def attention_error(
     Returns:
         ``[total_tokens, n_heads, head_dim]`` and ``[total_tokens, n_heads]``, absolute errors.
     """
-    blocks = kv_collection.blocks
-    n_kv_heads, head_dim = blocks.shape[4:]
+    layer_keys, layer_values = kv_collection.layer(layer_idx)
+    _, page_size, n_kv_heads, head_dim = layer_keys.shape
     scale = head_dim**-0.5 if scale is None else scale
     relative = smallest = 0.0
     if probability_dtype is not None:
@@ -113,9 +113,9 @@ def attention_error(
     for b in range(len(input_row_offsets) - 1):
         start, stop = int(input_row_offsets[b]), int(input_row_offsets[b + 1])
         cached = int(kv_collection.cache_lengths[b])
-        pages, slots = places(kv_collection, b, 0, cached + stop - start)
-        keys = widen(blocks[pages, 0, layer_idx, slots]).transpose(1, 2, 0)
-        values = np.abs(widen(blocks[pages, 1, layer_idx, slots])).transpose(1, 0, 2)
+        pages, slots = places(kv_collection, page_size, b, 0, cached + stop - start)
+        keys = widen(layer_keys[pages, slots]).transpose(1, 2, 0)
+        values = np.abs(widen(layer_values[pages, slots])).transpose(1, 0, 2)
         for t in range(start, stop):
             seen = visible_keys(cached + t - start, cached + stop - start, causal, window)
             query = widen(q[t]).reshape(n_kv_heads, -1, head_dim)

@@ -91,6 +91,10 @@ class PagedCache:
     lookup_table: NDArray[np.uint32]
     max_lengths: NDArray[np.uint32]
 
+    def layer(self, layer_idx: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keys and values of a layer, views ``[num_pages, page_size, n_kv_heads, head_dim]``."""
+        return self.blocks[:, 0, layer_idx], self.blocks[:, 1, layer_idx]
+
     def copy(self) -> PagedCache:
         """The same with blocks of its own."""
         return replace(self, blocks=self.blocks.copy())

@@ -46,6 +46,7 @@ TESTS = {
         "tests/ops/test_attention_options.py",
     ),
     "common/paged_kv.cuh": (
+        "tests/ops/test_kv_layouts.py",
         "tests/ops/test_kv_cache.py",
         "tests/ops/test_rope.py",
         "tests/ops/test_attention.py",
@@ -61,11 +62,11 @@ _LARGE = {
     "rope.cu": "rope",
     "rope_store.cu": "rope_store",
     "common/rope.cuh": "rope",
-    "attention.cu": "attention",
+    "attention.cu": "attention or prefill",
     "attention_decode.cu": "attention",
-    "common/attention.cuh": "attention",
+    "common/attention.cuh": "attention or prefill",
     "common/paged_kv.cuh": "cache",
-    "common/tile.cuh": "attention",
+    "common/tile.cuh": "attention or prefill",
     "common/ragged.cuh": "threads or rows_of_attention or rank_vector",
 }
 _KERNELS = ("sgmv", "kv_cache", "rope", "attention", "sgmv_qkv")

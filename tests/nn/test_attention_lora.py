@@ -479,7 +479,7 @@ def test_an_output_projection_that_does_not_fit_is_seen_before_the_cache_is_writ
 def test_a_call_without_a_cache(device: DeviceRef, to_device: Any) -> None:
     s = with_adapters(device)
     nothing: Any = None
-    words = "kv_collection must be a PagedKVCacheCollection, got NoneType"
+    words = "kv_collection must be a PagedKVCacheCollection or PagedKVCacheLayers, got NoneType"
     with pytest.raises(TypeError, match=words):
         s.layer(0, to_device(normal(1, 5, 40)), nothing, s.rope.freqs_cis, offsets(5))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lorakit import jit, ops
-from lorakit.nn import PagedKVCacheCollection
+from lorakit.nn import PagedKVCacheCollection, PagedKVCacheLayers
 from lorakit.testing import assert_bitwise_equal
 
 if TYPE_CHECKING:
@@ -228,56 +228,93 @@ CACHES = {
     "layers": (3, 2**25 + 1, 8, 2),  # from a key to its value
     "table": (3, 1, 8, 2**30 + 8),  # entries of three sequences
 }
+CACHE_OPS = ("store", "add", "rope", "rope_store", "attention", "prefill")
 
 
-@pytest.mark.parametrize("op", ["store", "add", "rope", "rope_store", "attention"])
+@pytest.mark.parametrize("op", CACHE_OPS)
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES.keys())
 def test_cache(
     cache: tuple[int, int, int, int], op: str, kernels: KernelDevice, rng: np.random.Generator
 ) -> None:
     """The third sequence has 7 tokens cached on the last page, and this step's three on two pages."""
     num_pages, num_layers, page_size, max_pages = cache
-    head_dim, layer = 16, num_layers - 1
-    blocks = zeros(kernels, num_pages, 2, num_layers, page_size, 1, head_dim)
+    blocks = zeros(kernels, num_pages, 2, num_layers, page_size, 1, 16)
     table = zeros(kernels, 3, max_pages, dtype=np.uint32)
-    pages = [num_pages - 1, num_pages - 2]
-    table[2, :2] = kernels.asarray(np.array(pages, np.uint32))
     lengths = kernels.asarray(np.array([0, 0, 7], np.uint32))
     collection = PagedKVCacheCollection(blocks, lengths, table, np.array([[3, 10]], np.uint32))
+    check_cache(op, kernels, rng, collection, num_layers - 1)
+
+
+@pytest.mark.parametrize("op", CACHE_OPS)
+@pytest.mark.parametrize("axis", ["pages", "tokens", "heads"])
+@pytest.mark.parametrize("far", ["keys", "values"])
+def test_strides_of_the_cache(
+    far: str, axis: str, op: str, kernels: KernelDevice, rng: np.random.Generator
+) -> None:
+    """Pages, tokens or heads, of keys or of values, lie more than 2**31 elements and 4 GiB apart."""
+    shape, at = (3, 8, 2, 16), ["pages", "tokens", "heads"].index(axis)
+    inside = shape[:at] + shape[at + 1 :]
+    apart = zeros(kernels, shape[at], FAR)[:, : np.prod(inside)].reshape(shape[at], *inside)
+    parts = {"keys": zeros(kernels, *shape), "values": zeros(kernels, *shape)}
+    parts[far] = np.moveaxis(apart, 0, at)
+    assert parts[far].shape == shape
+    assert parts[far].strides[at] > 2**32
+    collection = PagedKVCacheLayers(
+        [parts["keys"]],
+        [parts["values"]],
+        kernels.asarray(np.array([0, 0, 7], np.uint32)),
+        zeros(kernels, 3, 2, dtype=np.uint32),
+        np.array([[3, 10]], np.uint32),
+    )
+    check_cache(op, kernels, rng, collection, 0)
+
+
+def check_cache(
+    op: str, kernels: KernelDevice, rng: np.random.Generator, collection: Any, layer: int
+) -> None:
+    """An op on three tokens of the third sequence, which has 7 on the last page and goes on before that."""
+    keys, values = collection.layer(layer)
+    num_pages, page_size, heads, head_dim = keys.shape
+    pages = [num_pages - 1, num_pages - 2]
+    collection.lookup_table[2, :2] = kernels.asarray(np.array(pages, np.uint32))
     offsets = kernels.asarray(np.array([0, 0, 0, 3], np.int32))
 
-    before = integers(rng, 2, 10, head_dim)  # keys and values of the sequence
+    before = integers(rng, 2, 10, heads, head_dim)  # keys and values of the sequence
     places = [(pages[p // page_size], p % page_size) for p in range(10)]
     for p, (page, slot) in enumerate(places):
-        blocks[page, :, layer, slot, 0] = kernels.asarray(before[:, p])
-    rows = integers(rng, 3, 1, head_dim)
+        for part, rows in zip((keys, values), before, strict=True):
+            part[page, slot] = kernels.asarray(rows[p])
+    rows = integers(rng, 3, heads, head_dim)
     new = kernels.asarray(rows)
     expected = before.astype(np.float32)
     if op == "store":
         ops.store_kv(new, new, offsets, collection, layer)
-        expected[:, 7:] = rows[:, 0]
+        expected[:, 7:] = rows
     elif op == "add":
         ops.add_kv(new, new, offsets, collection, layer)
-        expected[:, 7:] += rows[:, 0]
+        expected[:, 7:] += rows
     elif op == "rope":  # by a quarter turn: (re, im) -> (-im, re)
         turn = kernels.asarray(np.tile(np.array([0, 1], np.float32), (10, head_dim // 2)))
         ops.rope_ragged(new, offsets, collection, turn, layer)
-        expected[0, 7:, 0::2], expected[0, 7:, 1::2] = -before[0, 7:, 1::2], before[0, 7:, 0::2]
+        expected[0, 7:, :, 0::2] = -before[0, 7:, :, 1::2]
+        expected[0, 7:, :, 1::2] = before[0, 7:, :, 0::2]
     elif op == "rope_store":
         turn = kernels.asarray(np.tile(np.array([0, 1], np.float32), (10, head_dim // 2)))
         ops.rope_store_kv(new, new, new, offsets, collection, turn, layer)
-        expected[1, 7:] = rows[:, 0]
-        expected[0, 7:, 0::2], expected[0, 7:, 1::2] = -rows[:, 0, 1::2], rows[:, 0, 0::2]
+        expected[1, 7:] = rows
+        expected[0, 7:, :, 0::2], expected[0, 7:, :, 1::2] = -rows[..., 1::2], rows[..., 0::2]
     else:  # scores of 0 or so low that their keys have no weight: averages of equal values
-        row = np.zeros((3, 1, head_dim), FLOAT16)
+        group = 1 if op == "attention" else 16  # of which a kernel for many rows takes over
+        row = np.zeros((3, heads * group, head_dim), FLOAT16)
         row[..., 0] = 100
         for p, (page, slot) in enumerate(places):
-            blocks[page, 0, layer, slot, 0, 0] = 0.0 if p == 7 else -100.0
+            keys[page, slot, :, 0] = 0.0 if p == 7 else -100.0
         out = ops.attention_ragged(kernels.asarray(row), offsets, collection, layer, scale=1.0)
-        assert_bitwise_equal(out[:, 0], np.tile(before[1, 7], (3, 1)))
+        assert_bitwise_equal(out, np.tile(before[1, 7].repeat(group, axis=0), (3, 1, 1)))
         return
-    after = np.stack([kernels.to_host(blocks[page, :, layer, slot, 0]) for page, slot in places], 1)
-    np.testing.assert_array_equal(after.astype(np.float32), expected)
+    for part, wanted in zip((keys, values), expected, strict=True):
+        after = np.stack([kernels.to_host(part[page, slot]) for page, slot in places])
+        np.testing.assert_array_equal(after.astype(np.float32), wanted)
 
 
 def small_cache(kernels: KernelDevice, tokens: int, n_kv_heads: int, head_dim: int) -> Any:

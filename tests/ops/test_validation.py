@@ -517,7 +517,10 @@ def test_more_rows_than_32_bits_count() -> None:
     ["store_kv", "add_kv", "rope_ragged", "rope_store_kv", "attention_ragged", "sgmv_qkv_lora"],
 )
 def test_no_cache(op: str) -> None:
-    with pytest.raises(TypeError, match="kv_collection must be a PagedKVCacheCollection, got None"):
+    with pytest.raises(
+        TypeError,
+        match="kv_collection must be a PagedKVCacheCollection or PagedKVCacheLayers, got None",
+    ):
         getattr(ops, op)(**(good(op) | {"kv_collection": None}))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.reference import KVCache
+from lorakit.testing import PagedCache
 
 
 def bits(array: NDArray[Any]) -> NDArray[Any]:
@@ -45,13 +45,15 @@ def adapter_of_rows(
     return found
 
 
-def where(cache: KVCache, sequence: int, position: int) -> tuple[int, int]:
+def where(cache: PagedCache, sequence: int, position: int) -> tuple[int, int]:
     """``(page, slot)`` of one position."""
     page, slot = divmod(position, cache.blocks.shape[3])
     return int(cache.lookup_table[sequence, page]), slot
 
 
-def cached(cache: KVCache, part: int, layer: int, sequence: int, positions: range) -> NDArray[Any]:
+def cached(
+    cache: PagedCache, part: int, layer: int, sequence: int, positions: range
+) -> NDArray[Any]:
     """Keys (part 0) or values (1) at some positions, ``[positions, n_kv_heads, head_dim]``."""
     out = np.zeros((len(positions), *cache.blocks.shape[4:]), cache.blocks.dtype)
     for row, position in enumerate(positions):
@@ -60,7 +62,7 @@ def cached(cache: KVCache, part: int, layer: int, sequence: int, positions: rang
     return out
 
 
-def new_places(cache: KVCache, offsets: NDArray[Any]) -> list[tuple[int, int, int]]:
+def new_places(cache: PagedCache, offsets: NDArray[Any]) -> list[tuple[int, int, int]]:
     """``(row, page, slot)`` of every token of this step."""
     places = []
     for b in range(len(offsets) - 1):
