@@ -1,6 +1,6 @@
 """Which element of a matrix a lane holds: the PTX ISA's layouts, pinned on a GPU and on the emulator alike.
 
-The emulator computes ldmatrix and mma from the same reading of the manual as the kernels. Here a GPU says
+The emulator computes ldmatrix, movmatrix and mma from the same reading of the manual as the kernels. Here a GPU says
 whether that reading is right.
 """
 
@@ -61,6 +61,14 @@ def test_ldmatrix(transpose: bool, kernels: KernelDevice, rng: np.random.Generat
     for i, matrix in enumerate(matrices.transpose(0, 2, 1) if transpose else matrices):
         expected = pairs(matrix[G, C].copy(), matrix[G, C + 1].copy())
         np.testing.assert_array_equal(kernels.to_host(registers)[:, i], expected)
+
+
+def test_movmatrix(kernels: KernelDevice, rng: np.random.Generator) -> None:
+    matrix = rng.permutation(64).astype(np.uint16).reshape(8, 8)
+    registers = kernels.asarray(pairs(matrix[G, C], matrix[G, C + 1]))
+    Kernel("lorakit::movmatrix_kernel").launch(kernels, registers)
+    expected = pairs(matrix[C, G].copy(), matrix[C + 1, G].copy())
+    np.testing.assert_array_equal(kernels.to_host(registers), expected)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ extern "C" __global__ void columns(unsigned* d, const int* lane) {
   load(d, lane, [](unsigned (&v)[4], const void* row) { ldmatrix_x4_trans(v, row); });
 }
 
+extern "C" __global__ void transpose(unsigned* d, const unsigned* pair) { *d = movmatrix_trans(*pair); }
+
 template <typename T>
 __device__ void multiply(float* d, const unsigned* a, const unsigned* b) {
   float sums[4];
@@ -91,6 +93,7 @@ EXPECTED = {
     ],
     "rows": ["ldmatrix.sync.aligned.m8n8.x4.shared.b16 {d, d+4, d+8, d+12}, [shared]"],
     "columns": ["ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {d, d+4, d+8, d+12}, [shared]"],
+    "transpose": ["movmatrix.sync.aligned.m8n8.trans.b16 d, pair"],
     "mma_half": [f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {FRAGMENTS}"],
     "mma_bfloat16": [f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {FRAGMENTS}"],
     "exponential": ["ex2.approx.ftz.f32 y, x"],

@@ -1,4 +1,4 @@
-// What each lane of a warp receives from ldmatrix, and what it gives to and receives from mma: registers as they
+// What each lane of a warp receives from ldmatrix and movmatrix, and what it gives to and receives from mma: registers as they
 // are, so that the test and not the kernel says which element is where.
 #include <common/ptx.cuh>
 #include <common/shared.cuh>
@@ -20,6 +20,11 @@ __global__ void ldmatrix_kernel(unsigned* registers,            // [32, 4]
   else
     ldmatrix_x4(received, rows + lane * 8);
   for (int i = 0; i < 4; ++i) registers[lane * 4 + i] = received[i];
+}
+
+__global__ void movmatrix_kernel(unsigned* registers  // [32]: transposed in place
+) {
+  registers[threadIdx.x] = movmatrix_trans(registers[threadIdx.x]);
 }
 
 template <typename T>
