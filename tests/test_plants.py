@@ -80,7 +80,7 @@ PLANTS = (
     ),
     *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
     *(barrier("attention_decode.cu", nth, DECODE) for nth in range(5)),
-    wait("attention_decode.cu", 0, DECODE, "kStages - 1"),
+    wait("attention_decode.cu", 0, DECODE),
     wait("sgmv_shrink.cu", 0, SHRINK, "kStages - 1"),
     wait("sgmv_expand.cu", 0, EXPAND, "kAhead - 1"),
     wait("attention.cu", 0, ATTENTION),

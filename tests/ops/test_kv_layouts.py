@@ -14,7 +14,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from lorakit import ops
+from lorakit import jit, ops
 from lorakit.dtypes import bfloat16
 from lorakit.nn import PagedKVCacheCollection, PagedKVCacheLayers
 from lorakit.testing import PagedCache, adapters, assert_bitwise_equal, rotary_table, to_host
@@ -303,10 +303,14 @@ def test_strides_of_axes_of_one_element_may_be_any(kernels: KernelDevice) -> Non
     case = CacheCase("", (2, 0), (1, 1), 1, 1, 1, 24, dtype=FLOAT32)
     cache = case.cache(np.random.default_rng(0))
     rows = case.rows(np.random.default_rng(1), 1)
-    keys, values = (
-        as_strided(part, strides=(part.strides[0], 3, -5, 4), subok=True)
-        for part in map(kernels.asarray, cache.layer(1))
-    )
+
+    def of_any_strides(array: Any) -> Any:
+        strides = (array.strides[0], 3, -5, 4)
+        if isinstance(array, np.ndarray):
+            return as_strided(array, strides=strides, subok=True)
+        return jit.import_cupy().lib.stride_tricks.as_strided(array, array.shape, strides)
+
+    keys, values = (of_any_strides(kernels.asarray(part)) for part in cache.layer(1))
     layers = PagedKVCacheLayers(
         [None, keys], [None, values], cache.cache_lengths, cache.lookup_table, cache.max_lengths
     )
