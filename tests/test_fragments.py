@@ -1,7 +1,7 @@
 """Which element of a matrix a lane holds: the PTX ISA's layouts, pinned on a GPU and on the emulator alike.
 
-The emulator computes ldmatrix, movmatrix and mma from the same reading of the manual as the kernels. Here a GPU
-says whether that reading is right.
+The emulator computes ldmatrix, movmatrix and mma from the same reading of the manual as the kernels. Here a
+GPU says whether that reading is right.
 """
 
 from __future__ import annotations

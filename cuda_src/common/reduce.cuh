@@ -17,13 +17,14 @@ __device__ inline float quad_sum(float value) {
 
 // And over the eight that share two columns.
 __device__ inline float column_max(float value) {
-  for (int step = 4; step < kWarpSize; step *= 2)
-    value = fmaxf(value, __shfl_xor_sync(kFullMask, value, step));
-  return value;
+  value = fmaxf(value, __shfl_xor_sync(kFullMask, value, 4));
+  value = fmaxf(value, __shfl_xor_sync(kFullMask, value, 8));
+  return fmaxf(value, __shfl_xor_sync(kFullMask, value, 16));
 }
 __device__ inline float column_sum(float value) {
-  for (int step = 4; step < kWarpSize; step *= 2) value += __shfl_xor_sync(kFullMask, value, step);
-  return value;
+  value += __shfl_xor_sync(kFullMask, value, 4);
+  value += __shfl_xor_sync(kFullMask, value, 8);
+  return value + __shfl_xor_sync(kFullMask, value, 16);
 }
 
 }  // namespace lorakit

@@ -145,7 +145,7 @@ def _fragments(source: Source, path: str) -> Iterator[Edit]:
             yield i, i, pairs[text]
         if text == "__shfl_xor_sync":
             end = source.match[i + 1] - 1
-            yield end, end, {"1": "2", "2": "1"}[source[end]]
+            yield end, end, {"1": "2", "2": "1", "4": "8", "8": "16", "16": "8"}[source[end]]
         if text in ("ldmatrix_x4", "ldmatrix_x4_trans"):
             yield i, i, "ldmatrix_x4" if text.endswith("trans") else "ldmatrix_x4_trans"
 
