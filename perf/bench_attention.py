@@ -63,10 +63,14 @@ GPU = [
     batch("llama-3-8b", 1, 1, 32768),
     batch("llama-3-8b", 16, 1, 1024),
     batch("llama-3-8b", 16, 1, 8192),
-    batch("llama-3-8b", 64, 1, 4096),
-    batch("llama-3-8b", 64, 1, 4096, 128),
+    *(batch("llama-3-8b", 64, 1, 4096, page_size) for page_size in (1, 16, 64, 128)),
     batch("llama-3-8b", 256, 1, 1024),
+    # Groups of 8, 7 and 1 heads; heads of 64 and of 256.
     batch("llama-3-70b", 64, 1, 1024),
+    batch("qwen2-7b", 16, 1, 4096),
+    batch("llama-2-7b", 16, 1, 2048),
+    batch("llama-3.2-1b", 64, 1, 4096),
+    batch("gemma-2-9b", 16, 1, 4096),
     Case("llama-3-8b", "decode-48-ragged", (1,) * 48, RAGGED),
     batch("llama-3-8b", 64, 4, 4096),
     batch("llama-3-8b", 32, 512, 0),
@@ -74,6 +78,8 @@ GPU = [
     batch("llama-3-8b", 4, 4096, 0),
     batch("llama-3-8b", 4, 4096, 0, 128),
     batch("llama-3-8b", 8, 512, 8192),
+    batch("llama-3.2-1b", 4, 4096, 0),
+    batch("gemma-2-9b", 4, 4096, 0),
     Case("llama-3-8b", "4x1024-and-60-decodes", (1024,) * 4 + (1,) * 60, (0,) * 4 + (1024,) * 60),
 ]
 

@@ -192,6 +192,9 @@ def test_models_have_their_published_widths() -> None:
     assert {name: (m.q_dim, m.kv_dim) for name, m in MODELS.items()} == {
         "llama-3-8b": (4096, 1024),
         "llama-3-70b": (8192, 1024),
+        "llama-3.2-1b": (2048, 512),
+        "llama-2-7b": (4096, 4096),
+        "gemma-2-9b": (4096, 2048),
         "qwen2-7b": (3584, 512),
         "mistral-7b": (4096, 1024),
         "tiny": (96, 32),

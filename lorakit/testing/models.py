@@ -29,6 +29,9 @@ class ModelShape:
 MODELS: dict[str, ModelShape] = {
     "llama-3-8b": ModelShape(4096, 32, 8, 128, 14336),
     "llama-3-70b": ModelShape(8192, 64, 8, 128, 28672),
+    "llama-3.2-1b": ModelShape(2048, 32, 8, 64, 8192),
+    "llama-2-7b": ModelShape(4096, 32, 32, 128, 11008),
+    "gemma-2-9b": ModelShape(3584, 16, 8, 256, 14336),
     "qwen2-7b": ModelShape(3584, 28, 4, 128, 18944),
     "mistral-7b": ModelShape(4096, 32, 8, 128, 14336),
     # Small enough for a CPU, and no size equals another: q_dim is not hidden_size.
