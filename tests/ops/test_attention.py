@@ -121,7 +121,7 @@ CASES = (
     Case("no_sequences", (), (), dtypes=BF16),
     Case("many_sequences", (0, 1, 2, 3, 4) * 8, (1, 0, 2, 1, 3) * 8, head_dim=16, dtypes=BF16),
     # Pages.
-    Case("page_size_16", (127, 40, 300), (3, 1, 2), page_size=16, head_dim=64, dtypes=FP16),
+    Case("page_size_16", (127, 40, 300), (3, 1, 2), page_size=16, head_dim=128, dtypes=FP16),
     Case("page_size_48", (127, 40, 300), (3, 1, 2), page_size=48, head_dim=128, dtypes=BF16),
     Case("page_size_1", (6, 0), (3, 24), page_size=1, dtypes=FP16),
     Case("page_size_3", (20, 3, 0), (3, 1, 27), page_size=3, dtypes=BF16),
