@@ -22,7 +22,7 @@ _CPP_NAMES = {
 }
 
 # A head dim is padded to the next of these inside the attention kernel.
-HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
+PREFILL_HEAD_DIMS = (64, 128, 192, 256)
 DECODE_HEAD_DIMS = (64, 128)
 
 SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
@@ -361,25 +361,27 @@ def attention_state_floats(instance: Instance) -> int:
 
 @functools.cache
 def attention_ragged(dtype: Any, head_dim: int) -> Instance:
-    """Tiles that fit in 99 KiB, the least of all supported GPUs, at every head dim."""
+    """As many rows and keys as registers and 99 KiB, the least of all supported GPUs, have room for."""
     dtype = np.dtype(dtype)
-    padded = next(dim for dim in HEAD_DIMS if head_dim <= dim)
-    warps = 2 if dtype.itemsize == 4 else 4
-    # More keys would spill registers, and 32 of 192 elements would on sm_120.
-    block_n = {192: 16, 256: 64 // dtype.itemsize}.get(padded, 128 // dtype.itemsize)
-    tiles = (16 * warps + 2 * block_n) * _tile_row_bytes(padded, dtype)
+    padded = next(dim for dim in PREFILL_HEAD_DIMS if head_dim <= dim)
+    row_bytes = padded * dtype.itemsize
+    warps = 4 if row_bytes <= 512 else 2
+    row_tiles = 2 if dtype.itemsize == 2 and padded <= 128 else 1
+    block_n = 8 * warps
+    tiles = (16 * row_tiles * warps + 4 * block_n) * row_bytes + 4 * 128
     return Instance(
         "attention.cu",
         "attention_ragged_kernel",
-        (_CPP_NAMES[dtype], str(padded), str(warps), str(block_n)),
+        (_CPP_NAMES[dtype], str(padded), str(warps), str(row_tiles)),
         threads=32 * warps,
-        shared_bytes=tiles + 2 * block_n * 8,
+        shared_bytes=tiles + 8 * (8 * block_n + 4) + 36,
     )
 
 
 def attention_block_m(instance: Instance) -> int:
     """(token, head) rows of a block of an attention instance."""
-    return 16 * int(instance.params[2])
+    warps, row_tiles = map(int, instance.params[2:])
+    return 16 * warps * row_tiles
 
 
 def instances() -> tuple[Instance, ...]:
@@ -406,7 +408,7 @@ def instances() -> tuple[Instance, ...]:
         *(rope_store_kv(t, d, d, i) for t, d, i in itertools.product(STORAGE, (16, 8, 2), flags)),
         *(store_kv(t) for t in STORAGE),
         *(add_kv(t, delta) for t, delta in outputs),
-        *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, HEAD_DIMS)),
+        *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, PREFILL_HEAD_DIMS)),
         *dict.fromkeys(
             attention_decode(*g)
             for g in itertools.product(STORAGE, DECODE_HEAD_DIMS, (LEAST_SHARED_BYTES, 2**20))

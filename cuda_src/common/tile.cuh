@@ -1,20 +1,29 @@
-// A tile of rows in shared memory, filled from global memory.
+// A tile of rows in shared memory.
 #pragma once
 
 #include <common/ptx.cuh>
 
 namespace lorakit {
 
-// Rows of kCols elements, each followed by 16 unused bytes so that the eight rows one ldmatrix reads fall
-// into different banks.
-template <typename T, int kCols>
+// Rows of kCols elements. The eight rows that one ldmatrix reads fall into different banks: each row is followed by
+// 16 unused bytes or, where that is too much, its 16-byte chunks are swizzled.
+template <typename T, int kCols, bool kSwizzled = false>
 struct SharedTile {
   static_assert(kCols % 16 == 0, "a tile is read in steps of 16 columns");
-  static constexpr int kStride = kCols + kPer16Bytes<T>;
+  static_assert(!kSwizzled || kCols * sizeof(T) % 128 == 0, "eight chunks are swizzled among themselves");
+  static constexpr int kStride = kCols + (kSwizzled ? 0 : kPer16Bytes<T>);
 
   T* data;
 
-  __device__ T* at(int row, int col) const { return data + row * kStride + col; }
+  __device__ T* at(int row, int col) const { return at(0, 0, row, col); }
+
+  // Element (row + r, col + c), `row` a multiple of 8, `col` of 16, and `c` below 16: what lanes share is apart.
+  __device__ T* at(int row, int col, int r, int c) const {
+    if constexpr (!kSwizzled) return data + (row + r) * kStride + col + c;
+    constexpr int kEight = 8 * kPer16Bytes<T>;
+    const int lane_part = r * kStride + (c ^ (r & 7) * kPer16Bytes<T>);
+    return data + row * kStride + col / kEight * kEight + (lane_part ^ col % kEight);
+  }
 };
 
 // Rows of 128 bytes. Their 16-byte chunks are swizzled, so that the same chunk of eight rows is in different banks.
@@ -32,29 +41,5 @@ struct SwizzledTile {
     return reinterpret_cast<const Vector<T, 2>*>(at(row, col / kPer16Bytes<T>)) + col % kPer16Bytes<T> / 2;
   }
 };
-
-// Fill kRows rows of a tile. `row_pointer(row)` is where a row starts in global memory, or null for a row of
-// zeros; columns from `cols` on become zeros. Nothing outside is read, so that whatever lies there, NaN
-// too, never enters a product. `somewhere` is any valid global address.
-//
-// kAligned: every row starts at a multiple of 16 bytes, `cols` is a multiple of 16 bytes and col_stride is 1.
-// Then the copy is asynchronous: commit and wait. Otherwise elements are copied one by one, at once.
-template <int kRows, int kThreads, bool kAligned, typename T, int kCols, typename RowPointer>
-__device__ void load_tile(SharedTile<T, kCols> tile, int cols, long long col_stride, const T* somewhere,
-                          RowPointer row_pointer) {
-  constexpr int kStep = kAligned ? kPer16Bytes<T> : 1;
-  constexpr int kChunks = kCols / kStep;
-  for (int chunk = threadIdx.x; chunk < kRows * kChunks; chunk += kThreads) {
-    const int row = chunk / kChunks;
-    const int col = chunk % kChunks * kStep;
-    const T* source = row_pointer(row);
-    const bool live = source != nullptr && col < cols;
-    if constexpr (kAligned) {
-      cp_async_16(tile.at(row, col), live ? source + col : somewhere, live ? 16 : 0);
-    } else {
-      *tile.at(row, col) = live ? source[col * col_stride] : from_float<T>(0.0f);
-    }
-  }
-}
 
 }  // namespace lorakit
