@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kDecodeWarps<T, kHeadDim>* kWarpSize, kMinDeco
   // Of a chunk's state a warp adds up these.
   constexpr int kMySteps = kSteps * kRowTiles / kWarps;
   static_assert(kSteps % kMySteps == 0, "all of the same rows");
-  using Rows = SwizzledRows<T, kHeadDim>;
+  using Rows = SharedTile<T, kHeadDim, true>;
   constexpr int kTileElements = 16 * Rows::kStride;
   static_assert(2 * kTileElements * sizeof(T) >= kRows * kHeadDim * sizeof(float),
                 "a state is where a tile was");

@@ -21,9 +21,8 @@ _CPP_NAMES = {
     bfloat16: "__nv_bfloat16",
 }
 
-# A head dim is padded to the next of these inside the attention kernel.
-HEAD_DIMS = (16, 32, 64, 96, 128, 192, 256)
-DECODE_HEAD_DIMS = (64, 128, 192, 256)
+# A head dim is padded to the next of these inside the attention kernels.
+HEAD_DIMS = (64, 128, 192, 256)
 DECODE_ROW_BYTES = 512
 
 SGMV_PART_K = 1024  # columns of in_dim that a block of shrink sums at a time
@@ -308,7 +307,7 @@ def attention_decode(dtype: Any, head_dim: int, rows: int) -> Instance:
     padded = _decode_head_dim(dtype, head_dim)
     row_bytes = padded * dtype.itemsize
     warps = 4 if row_bytes <= 256 else 2
-    row_tile = 8 if rows <= 8 or row_bytes > 256 else 16
+    row_tile = 16 if rows > 8 and dtype.itemsize == 2 and padded <= 128 else 8
     sizes = (2 * warps * 2 * 16 * row_bytes, row_tile * row_bytes, warps * row_tile * 8)
     return Instance(
         "attention_decode.cu",
@@ -326,7 +325,7 @@ def attention_decodes(dtype: Any, head_dim: int) -> bool:
 
 
 def _decode_head_dim(dtype: np.dtype[Any], head_dim: int) -> int:
-    dims = [dim for dim in DECODE_HEAD_DIMS if dim * dtype.itemsize <= DECODE_ROW_BYTES]
+    dims = [dim for dim in HEAD_DIMS if dim * dtype.itemsize <= DECODE_ROW_BYTES]
     return next((dim for dim in dims if head_dim <= dim), dims[-1])
 
 
@@ -360,25 +359,27 @@ def attention_pair_floats(instance: Instance) -> int:
 
 @functools.cache
 def attention_ragged(dtype: Any, head_dim: int) -> Instance:
-    """Tiles that fit in 99 KiB, the least of all supported GPUs, at every head dim."""
+    """As many rows and keys as registers and 99 KiB, the least of all supported GPUs, have room for."""
     dtype = np.dtype(dtype)
     padded = next(dim for dim in HEAD_DIMS if head_dim <= dim)
-    warps = 2 if dtype.itemsize == 4 else 4
-    # More keys would spill registers, and 32 of 192 elements would on sm_120.
-    block_n = {192: 16, 256: 64 // dtype.itemsize}.get(padded, 128 // dtype.itemsize)
-    tiles = (16 * warps + 2 * block_n) * _tile_row_bytes(padded, dtype)
+    row_bytes = padded * dtype.itemsize
+    warps = 4 if row_bytes <= 512 else 2
+    row_tiles = 2 if dtype.itemsize == 2 and padded <= 128 else 1
+    block_n = 8 * warps
+    tiles = (16 * row_tiles * warps + 4 * block_n) * row_bytes + 4 * 128
     return Instance(
         "attention.cu",
         "attention_ragged_kernel",
-        (_CPP_NAMES[dtype], str(padded), str(warps), str(block_n)),
+        (_CPP_NAMES[dtype], str(padded), str(warps), str(row_tiles)),
         threads=32 * warps,
-        shared_bytes=tiles + 2 * block_n * 8,
+        shared_bytes=tiles + 8 * (8 * block_n + 4) + 40,
     )
 
 
 def attention_block_m(instance: Instance) -> int:
     """(token, head) rows of a block of an attention instance."""
-    return 16 * int(instance.params[2])
+    warps, row_tiles = map(int, instance.params[2:])
+    return 16 * warps * row_tiles
 
 
 def instances() -> tuple[Instance, ...]:
@@ -407,9 +408,9 @@ def instances() -> tuple[Instance, ...]:
         *(add_kv(t, delta) for t, delta in outputs),
         *(attention_ragged(t, d) for t, d in itertools.product(STORAGE, HEAD_DIMS)),
         *dict.fromkeys(
-            attention_decode(*g) for g in itertools.product(STORAGE, DECODE_HEAD_DIMS, (8, 16))
+            attention_decode(*g) for g in itertools.product(STORAGE, HEAD_DIMS, (8, 16))
         ),
-        *dict.fromkeys(attention_merge(*g) for g in itertools.product(STORAGE, DECODE_HEAD_DIMS)),
+        *dict.fromkeys(attention_merge(*g) for g in itertools.product(STORAGE, HEAD_DIMS)),
     ]
     return tuple(found)
 

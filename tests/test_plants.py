@@ -78,13 +78,12 @@ PLANTS = (
         LONG,
         schedule="random",
     ),
-    *(barrier("attention.cu", nth, ATTENTION) for nth in range(5)),
+    *(barrier("attention.cu", nth, ATTENTION) for nth in range(2)),
     *(barrier("attention_decode.cu", nth, DECODE) for nth in range(5)),
     wait("attention_decode.cu", 0, DECODE),
     wait("sgmv_shrink.cu", 0, SHRINK, "kStages - 1"),
     wait("sgmv_expand.cu", 0, EXPAND, "kAhead - 1"),
-    wait("attention.cu", 0, ATTENTION),
-    wait("attention.cu", 1, ATTENTION),
+    wait("attention.cu", 0, ATTENTION, "0"),
     Plant(
         "shrink past its group",
         "sgmv_shrink.cu",
@@ -103,7 +102,7 @@ PLANTS = (
     Plant(
         "attention past its sequence",
         "attention.cu",
-        "if (first_row + m >= num_rows)",
+        "if (m >= share.num_rows)",
         ">= -> >",
         ATTENTION,
         schedule="lifo",
@@ -128,18 +127,18 @@ PLANTS = (
     Plant(
         "a page's tail, loaded",
         "attention.cu",
-        "key < num_keys)",
-        "key >= begin_key && key < num_keys -> key >= begin_key",
+        "key < share.num_keys",
+        "key >= share.begin_key && key < share.num_keys -> key >= share.begin_key",
         ATTENTION,
     ),
     Plant(
         "a key after its token, scored",
         "attention.cu",
-        "slots[buffer * kBlockN + n].slot >= 0",
-        "key >= first_keys[j / 2] && key < end_keys[j / 2] -> key >= first_keys[j / 2]",
+        "first_key + kBlockN > share.all_end",
+        "first_key < share.all_begin || first_key + kBlockN > share.all_end -> first_key < share.all_begin",
         ATTENTION,
     ),
-    Plant("a NaN of the next slot", "attention.cu", "key < num_keys)", "< -> <=", ATTENTION),
+    Plant("a NaN of the next slot", "attention.cu", "key < share.num_keys", "< -> <=", ATTENTION),
 )
 # Rows, columns and keys that are not there are zeros in shared memory; here they are whatever it held.
 PLANTS += (
@@ -152,11 +151,10 @@ PLANTS += (
     ),
     Plant(
         "a NaN of what is not there, attention",
-        "common/tile.cuh",
-        "cp_async_16(tile.at(row, col)",
+        "attention.cu",
+        "cp_async_16(to.at(",
         "live -> true",
         ATTENTION,
-        nth=1,
     ),
 )
 

@@ -190,8 +190,8 @@ def test_numbers_that_ops_read_from_a_name() -> None:
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 24, True)) == 4
     assert tiles.rope_pairs(tiles.rope_ragged(np.float16, 24, 6, True)) == 1
     assert tiles.rope_pairs(tiles.rope_store_kv(np.float16, 24, 24, True)) == 4
-    assert tiles.attention_block_m(tiles.attention_ragged(np.float16, 128)) == 64
-    assert tiles.attention_block_m(tiles.attention_ragged(np.float32, 128)) == 32
+    assert tiles.attention_block_m(tiles.attention_ragged(np.float16, 128)) == 128
+    assert tiles.attention_block_m(tiles.attention_ragged(np.float32, 128)) == 64
 
 
 @given(st.integers(1, 2**20), st.integers(1, 2**20), st.integers(1, tiles.ROPE_STORE_THREADS))

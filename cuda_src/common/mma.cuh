@@ -35,75 +35,75 @@ struct FragmentB<float> {
 // ---- Load from a tile ----
 
 // A = tile[row .. row+16, k .. k+16].
-template <typename T, typename Tile>
-__device__ void load_a(FragmentA<T>& a, Tile tile, int row, int k) {
+template <typename T, int kCols, bool kSwizzled>
+__device__ void load_a(FragmentA<T>& a, SharedTile<T, kCols, kSwizzled> tile, int row, int k) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
-    ldmatrix_x4(a.pairs, tile.at(row + lane % 16, k + lane / 16 * 8));
+    ldmatrix_x4(a.pairs, tile.at(row, k, lane % 16, lane / 16 * 8));
   } else {
     for (int i = 0; i < 8; ++i) {
-      a.at[i] = *tile.at(row + lane / 4 + i / 2 % 2 * 8, k + lane % 4 * 2 + i % 2 + i / 4 * 8);
+      a.at[i] = *tile.at(row, k, lane / 4 + i / 2 % 2 * 8, lane % 4 * 2 + i % 2 + i / 4 * 8);
     }
   }
 }
 
 // The same from a tile whose rows are columns of A: A = tile[k .. k+16, row .. row+16] transposed.
-template <typename T, typename Tile>
-__device__ void load_a_cols(FragmentA<T>& a, Tile tile, int k, int row) {
+template <typename T, int kCols, bool kSwizzled>
+__device__ void load_a_cols(FragmentA<T>& a, SharedTile<T, kCols, kSwizzled> tile, int k, int row) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
-    ldmatrix_x4_trans(a.pairs, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+    ldmatrix_x4_trans(a.pairs, tile.at(k, row, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
   } else {
     for (int i = 0; i < 8; ++i) {
-      a.at[i] = *tile.at(k + lane % 4 * 2 + i % 2 + i / 4 * 8, row + lane / 4 + i / 2 % 2 * 8);
+      a.at[i] = *tile.at(k, row, lane % 4 * 2 + i % 2 + i / 4 * 8, lane / 4 + i / 2 % 2 * 8);
     }
   }
 }
 
 // B[0] and B[1]: columns n .. n+8 and n+8 .. n+16, from a tile whose rows are columns of B: tile[n, k].
-template <typename T, typename Tile>
-__device__ void load_b_rows(FragmentB<T> (&b)[2], Tile tile, int n, int k) {
+template <typename T, int kCols, bool kSwizzled>
+__device__ void load_b_rows(FragmentB<T> (&b)[2], SharedTile<T, kCols, kSwizzled> tile, int n, int k) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
     unsigned d[4];
-    ldmatrix_x4(d, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+    ldmatrix_x4(d, tile.at(n, k, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
     b[0] = {d[0], d[1]};
     b[1] = {d[2], d[3]};
   } else {
     for (int i = 0; i < 8; ++i) {
-      b[i / 4].at[i % 4] = *tile.at(n + i / 4 * 8 + lane / 4, k + lane % 4 * 2 + i % 2 + i / 2 % 2 * 8);
+      b[i / 4].at[i % 4] = *tile.at(n, k, i / 4 * 8 + lane / 4, lane % 4 * 2 + i % 2 + i / 2 % 2 * 8);
     }
   }
 }
 
 // The same from a tile stored as B is: tile[k, n].
-template <typename T, typename Tile>
-__device__ void load_b_cols(FragmentB<T> (&b)[2], Tile tile, int k, int n) {
+template <typename T, int kCols, bool kSwizzled>
+__device__ void load_b_cols(FragmentB<T> (&b)[2], SharedTile<T, kCols, kSwizzled> tile, int k, int n) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
     unsigned d[4];
-    ldmatrix_x4_trans(d, tile.at(k + lane % 16, n + lane / 16 * 8));
+    ldmatrix_x4_trans(d, tile.at(k, n, lane % 16, lane / 16 * 8));
     b[0] = {d[0], d[1]};
     b[1] = {d[2], d[3]};
   } else {
     for (int i = 0; i < 8; ++i) {
-      b[i / 4].at[i % 4] = *tile.at(k + lane % 4 * 2 + i % 2 + i / 2 % 2 * 8, n + i / 4 * 8 + lane / 4);
+      b[i / 4].at[i % 4] = *tile.at(k, n, lane % 4 * 2 + i % 2 + i / 2 % 2 * 8, i / 4 * 8 + lane / 4);
     }
   }
 }
 
 // B[0] and B[1]: columns n .. n+8 of rows k .. k+16 and of k+16 .. k+32, from a tile whose rows are columns of B.
-template <typename T, typename Tile>
-__device__ void load_b_steps(FragmentB<T> (&b)[2], Tile tile, int n, int k) {
+template <typename T, int kCols, bool kSwizzled>
+__device__ void load_b_steps(FragmentB<T> (&b)[2], SharedTile<T, kCols, kSwizzled> tile, int n, int k) {
   const int lane = threadIdx.x % kWarpSize;
   if constexpr (sizeof(T) == 2) {
     unsigned d[4];
-    ldmatrix_x4(d, tile.at(n + lane % 8, k + lane / 8 * 8));
+    ldmatrix_x4(d, tile.at(n, k, lane % 8, lane / 8 * 8));
     b[0] = {d[0], d[1]};
     b[1] = {d[2], d[3]};
   } else {
     for (int i = 0; i < 8; ++i) {
-      b[i / 4].at[i % 4] = *tile.at(n + lane / 4, k + lane % 4 * 2 + i % 2 + i / 2 * 8);
+      b[i / 4].at[i % 4] = *tile.at(n, k, lane / 4, lane % 4 * 2 + i % 2 + i / 2 * 8);
     }
   }
 }
@@ -144,6 +144,17 @@ __device__ unsigned pack(float low, float high) {
   return *reinterpret_cast<const unsigned*>(&pair);
 }
 
+// The two values in a register: those of bfloat16 are the upper halves of float32.
+template <typename T>
+__device__ Vector<float, 2> unpack(unsigned pair) {
+  if constexpr (is_half<T>) {
+    const auto values = *reinterpret_cast<const Vector<T, 2>*>(&pair);
+    return {{to_float(values.at[0]), to_float(values.at[1])}};
+  } else {
+    return {{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)}};
+  }
+}
+
 // Two values as first terms and as second terms. What rounding leaves out of a value that is not finite is nothing,
 // inf - inf being NaN.
 template <typename T>
@@ -163,6 +174,19 @@ __device__ void split(FragmentA<T> (&terms)[kTerms<T>], const float (&values)[8]
       split_pair<T>(terms[0].pairs[i], terms[1].pairs[i], values[2 * i], values[2 * i + 1]);
   } else {
     for (int i = 0; i < 8; ++i) terms[0].at[i] = values[i];
+  }
+}
+
+// The same of two of the elements, 2 * i and the next, that are not infinite.
+template <typename T>
+__device__ void split_finite(FragmentA<T> (&terms)[kTerms<T>], int i, float low, float high) {
+  if constexpr (sizeof(T) == 2) {
+    terms[0].pairs[i] = pack<T>(low, high);
+    const Vector<float, 2> rounded = unpack<T>(terms[0].pairs[i]);
+    terms[1].pairs[i] = pack<T>(low - rounded.at[0], high - rounded.at[1]);
+  } else {
+    terms[0].at[2 * i] = low;
+    terms[0].at[2 * i + 1] = high;
   }
 }
 

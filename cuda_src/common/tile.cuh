@@ -1,34 +1,29 @@
-// A tile of rows in shared memory, filled from global memory.
+// A tile of rows in shared memory.
 #pragma once
 
 #include <common/ptx.cuh>
 
 namespace lorakit {
 
-// Rows of kCols elements, each followed by 16 unused bytes so that the eight rows one ldmatrix reads fall
-// into different banks.
-template <typename T, int kCols>
+// Rows of kCols elements. The eight rows that one ldmatrix reads fall into different banks: each row is followed by
+// 16 unused bytes or its 16-byte chunks are swizzled. Swizzled rows are for copies of global memory: cp.async reads a
+// 32-byte sector twice whose halves go to different sectors of shared memory, as in rows 16 bytes apart from that.
+template <typename T, int kCols, bool kSwizzled = false>
 struct SharedTile {
   static_assert(kCols % 16 == 0, "a tile is read in steps of 16 columns");
-  static constexpr int kStride = kCols + kPer16Bytes<T>;
+  static_assert(!kSwizzled || kCols * sizeof(T) % 128 == 0, "eight chunks are swizzled among themselves");
+  static constexpr int kStride = kCols + (kSwizzled ? 0 : kPer16Bytes<T>);
 
   T* data;
 
-  __device__ T* at(int row, int col) const { return data + row * kStride + col; }
-};
+  __device__ T* at(int row, int col) const { return at(0, 0, row, col); }
 
-// The same without unused bytes: in each 128 bytes of a row the 16-byte chunks are swizzled. So cp.async fills all
-// of a 32-byte sector with one of global memory, which it would read twice for rows 16 bytes apart from that.
-template <typename T, int kCols>
-struct SwizzledRows {
-  static_assert(kCols * sizeof(T) % 128 == 0, "a row is made of 128 bytes");
-  static constexpr int kStride = kCols;
-
-  T* data;
-
-  __device__ T* at(int row, int col) const {
-    constexpr int kChunk = kPer16Bytes<T>;
-    return data + row * kStride + (col / kChunk ^ row % 8) * kChunk + col % kChunk;
+  // Element (row + r, col + c), `row` a multiple of 8, `col` of 16 or 32, and `c` below that: what lanes share is apart.
+  __device__ T* at(int row, int col, int r, int c) const {
+    if constexpr (!kSwizzled) return data + (row + r) * kStride + col + c;
+    constexpr int kEight = 8 * kPer16Bytes<T>;
+    const int lane_part = r * kStride + (c ^ (r & 7) * kPer16Bytes<T>);
+    return data + row * kStride + col / kEight * kEight + (lane_part ^ col % kEight);
   }
 };
 
@@ -47,29 +42,5 @@ struct SwizzledTile {
     return reinterpret_cast<const Vector<T, 2>*>(at(row, col / kPer16Bytes<T>)) + col % kPer16Bytes<T> / 2;
   }
 };
-
-// Fill kRows rows of a tile. `row_pointer(row)` is where a row starts in global memory, or null for a row of
-// zeros; columns from `cols` on become zeros. Nothing outside is read, so that whatever lies there, NaN
-// too, never enters a product. `somewhere` is any valid global address.
-//
-// kAligned: every row starts at a multiple of 16 bytes, `cols` is a multiple of 16 bytes and col_stride is 1.
-// Then the copy is asynchronous: commit and wait. Otherwise elements are copied one by one, at once.
-template <int kRows, int kThreads, bool kAligned, typename T, int kCols, typename RowPointer>
-__device__ void load_tile(SharedTile<T, kCols> tile, int cols, long long col_stride, const T* somewhere,
-                          RowPointer row_pointer) {
-  constexpr int kStep = kAligned ? kPer16Bytes<T> : 1;
-  constexpr int kChunks = kCols / kStep;
-  for (int chunk = threadIdx.x; chunk < kRows * kChunks; chunk += kThreads) {
-    const int row = chunk / kChunks;
-    const int col = chunk % kChunks * kStep;
-    const T* source = row_pointer(row);
-    const bool live = source != nullptr && col < cols;
-    if constexpr (kAligned) {
-      cp_async_16(tile.at(row, col), live ? source + col : somewhere, live ? 16 : 0);
-    } else {
-      *tile.at(row, col) = live ? source[col * col_stride] : from_float<T>(0.0f);
-    }
-  }
-}
 
 }  // namespace lorakit

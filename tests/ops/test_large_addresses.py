@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lorakit import jit, ops
+from lorakit import jit, ops, tiles
 from lorakit.nn import PagedKVCacheCollection, PagedKVCacheLayers
 from lorakit.testing import assert_bitwise_equal
 
@@ -459,9 +459,9 @@ def test_rows_of_attention(kernels: KernelDevice, rng: np.random.Generator) -> N
         np.array([[rows, rows]], np.uint32),
     )
     offsets = kernels.asarray(np.array([0, rows], np.int32))
-    blocks_of_a_head = rows * group // 64 + 2
-    first = blocks_of_a_head * (kv_heads - 1) + (rows - 1) * group // 64
-    with some_blocks(kernels, first=first):
+    block_m = tiles.attention_block_m(tiles.attention_ragged(FLOAT16, head_dim))
+    blocks_of_a_head = rows * group // block_m + 2
+    with some_blocks(kernels, first=blocks_of_a_head * (kv_heads - 1)):  # its late rows come first
         out, lse = ops.attention_ragged(q, offsets, collection, 0, scale=4.0, return_lse=True)
     # The last key's score, 8 * 2 * 8 * 4, is 64 above all others.
     assert_bitwise_equal(out[-1, -group:], np.tile(values[-1], (group, 1)))
